@@ -1,0 +1,235 @@
+#include "checks.h"
+
+#include <cstring>
+
+namespace rnnfast {
+namespace {
+
+const char* dtype_text(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another type";
+  }
+}
+
+std::string numbers_text(const int64_t* sizes, int64_t count) {
+  std::string text = "(";
+  for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + (count == 1 ? ",)" : ")");
+}
+
+}  // namespace
+
+void fail(const std::string& what) { throw std::runtime_error("rnnfast: " + what); }
+
+std::string shape_text(const Tensor& tensor) {
+  std::vector<int64_t> sizes(tensor.dim());
+  for (int64_t i = 0; i < tensor.dim(); ++i) sizes[i] = tensor.size(i);
+  return numbers_text(sizes.data(), tensor.dim());
+}
+
+const CellInfo& checked_cell(int64_t cell) {
+  if (cell < 0 || cell >= kNumCells)
+    fail("cell must be an id in [0, " + std::to_string(kNumCells) + "), got " + std::to_string(cell));
+  return cell_info(static_cast<int>(cell));
+}
+
+ScalarType checked_dtype(const char* name, const Tensor& tensor) {
+  if (!tensor.is_cpu()) fail(std::string(name) + " must be a CPU tensor: this version has no engine for other devices");
+  const ScalarType dtype = tensor.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::Double)
+    fail(std::string(name) + " must be float32 or float64, got " + dtype_text(dtype));
+  return dtype;
+}
+
+void check_shape(const char* name, const Tensor& tensor, const char* letters, std::initializer_list<int64_t> sizes) {
+  bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == sizes.begin()[i];
+  if (!same)
+    fail(std::string(name) + " must have shape " + letters + " = " +
+         numbers_text(sizes.begin(), static_cast<int64_t>(sizes.size())) + ", got " + shape_text(tensor));
+}
+
+void check_same(const char* name, const Tensor& tensor, ScalarType dtype) {
+  if (!tensor.is_cpu()) fail(std::string(name) + " must be on the same device as x (cpu)");
+  if (tensor.scalar_type() != dtype)
+    fail(std::string(name) + " must have the dtype of x, " + dtype_text(dtype) + ", got " + dtype_text(tensor.scalar_type()));
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[4];
+  int64_t stride = 1;
+  for (int i = static_cast<int>(sizes.size()) - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes.begin()[i] > 0 ? sizes.begin()[i] : 1;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+      dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(), aoti_torch_device_type_cpu(), 0,
+      &handle));
+  return Tensor(handle);
+}
+
+void fill_zero(const Tensor& tensor) {
+  std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size());
+}
+
+Tensor unit_stride(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  if (tensor.size(last) == 1 || tensor.stride(last) == 1) return tensor;
+  return torch::stable::contiguous(tensor);
+}
+
+CheckedLayer::CheckedLayer(const LayerTensors& t)
+    : dtype(checked_dtype("x", t.x)), cell(checked_cell(t.cell)), projection(t.w_hr.has_value()), x_(t.x), w_ih_(t.w_ih),
+      w_hh_(t.w_hh), reverse_(t.reverse) {
+  packed_rows = t.batch_sizes.has_value();
+  const int64_t rank = packed_rows ? 2 : 3;
+  if (x_.dim() != rank)
+    fail(std::string("x must have shape ") + (packed_rows ? "(N, I)" : "(T, B, I)") + ", got " + shape_text(x_));
+  input_size = x_.size(rank - 1);
+  if (packed_rows) {
+    check_batch_sizes(t.batch_sizes);
+  } else {
+    seq_len = x_.size(0);
+    batch = x_.size(1);
+    rows = seq_len * batch;
+  }
+  if (seq_len < 1) fail("x must hold at least one step (T >= 1), got T = 0");
+  b_ih_ = t.b_ih;
+  b_hh_ = t.b_hh;
+  w_hr_ = t.w_hr;
+  check_weights();
+  h0_ = t.h0;
+  c0_ = t.c0;
+  if (h0_) {
+    check_same("h0", *h0_, dtype);
+    check_shape("h0", *h0_, projection ? "(B, P)" : "(B, H)", {batch, output_size});
+  }
+  if (c0_) {
+    check_same("c0", *c0_, dtype);
+    check_shape("c0", *c0_, "(S-1, B, H)", {cell.states - 1, batch, hidden_size});
+  }
+  x_ = unit_stride(x_);
+  w_ih_ = torch_contiguous(w_ih_);
+  w_hh_ = torch_contiguous(w_hh_);
+  h0_ = contiguous(h0_);
+  c0_ = contiguous(c0_);
+  b_ih_ = contiguous(b_ih_);
+  b_hh_ = contiguous(b_hh_);
+  w_hr_ = contiguous(w_hr_);
+}
+
+void CheckedLayer::check_weights() {
+  check_same("w_ih", w_ih_, dtype);
+  check_same("w_hh", w_hh_, dtype);
+  if (w_ih_.dim() != 2 || w_ih_.size(0) % cell.gates != 0 || w_ih_.size(0) == 0)
+    fail("w_ih must have shape (G*H, I) with G = " + std::to_string(cell.gates) + " for " + cell.name + ", got " +
+         shape_text(w_ih_));
+  const int64_t gate_rows = w_ih_.size(0);
+  hidden_size = gate_rows / cell.gates;
+  output_size = hidden_size;
+  check_shape("w_ih", w_ih_, "(G*H, I)", {gate_rows, input_size});
+  if (projection) {
+    if (cell.states != 2) fail(std::string("w_hr is for lstm only, got cell ") + cell.name);
+    check_same("w_hr", *w_hr_, dtype);
+    if (w_hr_->dim() != 2) fail("w_hr must have shape (P, H), got " + shape_text(*w_hr_));
+    output_size = w_hr_->size(0);
+    check_shape("w_hr", *w_hr_, "(P, H)", {output_size, hidden_size});
+    if (output_size < 1) fail("w_hr must have P >= 1 rows, got 0");
+  }
+  if (cell.diagonal)
+    check_shape("w_hh", w_hh_, "(H,)", {hidden_size});
+  else
+    check_shape("w_hh", w_hh_, projection ? "(G*H, P)" : "(G*H, H)", {gate_rows, output_size});
+  for (const auto& [name, bias] : {std::pair{"b_ih", &b_ih_}, std::pair{"b_hh", &b_hh_}}) {
+    if (!*bias) continue;
+    check_same(name, **bias, dtype);
+    check_shape(name, **bias, "(G*H,)", {gate_rows});
+  }
+}
+
+void CheckedLayer::check_batch_sizes(const OptionalTensor& batch_sizes) {
+  if (!batch_sizes->is_cpu() || batch_sizes->scalar_type() != ScalarType::Long || batch_sizes->dim() != 1)
+    fail("batch_sizes must be a one-dimensional int64 CPU tensor of shape (T,), got " + shape_text(*batch_sizes) + " of " +
+         dtype_text(batch_sizes->scalar_type()));
+  seq_len = batch_sizes->size(0);
+  const auto* sizes = static_cast<const int64_t*>(batch_sizes->const_data_ptr());
+  const int64_t stride = seq_len > 1 ? batch_sizes->stride(0) : 1;
+  batch_sizes_.resize(seq_len);
+  offsets_.resize(seq_len + 1);
+  offsets_[0] = 0;
+  for (int64_t t = 0; t < seq_len; ++t) {
+    batch_sizes_[t] = sizes[t * stride];
+    // The second bound keeps the sum below from overflowing.
+    if (batch_sizes_[t] < 1 || batch_sizes_[t] > (int64_t{1} << 40) || (t > 0 && batch_sizes_[t] > batch_sizes_[t - 1]))
+      fail("batch_sizes must be positive and must not grow, got " + std::to_string(batch_sizes_[t]) + " at step " +
+           std::to_string(t));
+    offsets_[t + 1] = offsets_[t] + batch_sizes_[t];
+  }
+  rows = x_.size(0);
+  batch = seq_len > 0 ? batch_sizes_[0] : 0;
+  if (seq_len > 0 && offsets_[seq_len] != rows)
+    fail("x must have as many rows as batch_sizes add up to, got " + std::to_string(rows) + " rows");
+}
+
+Tensor torch_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+OptionalTensor CheckedLayer::contiguous(const OptionalTensor& tensor) const {
+  if (!tensor) return tensor;
+  return torch_contiguous(*tensor);
+}
+
+namespace {
+
+template <class scalar_t>
+const scalar_t* data(const Tensor& tensor) {
+  return static_cast<const scalar_t*>(tensor.const_data_ptr());
+}
+template <class scalar_t>
+const scalar_t* data(const OptionalTensor& tensor) {
+  return tensor ? data<scalar_t>(*tensor) : nullptr;
+}
+
+}  // namespace
+
+template <class scalar_t>
+Rows<const scalar_t> CheckedLayer::rows_of(const Tensor& tensor) const {
+  if (packed_rows) return {data<scalar_t>(tensor), 0, tensor.stride(0)};
+  return {data<scalar_t>(tensor), tensor.stride(0), tensor.stride(1)};
+}
+
+template <class scalar_t>
+void CheckedLayer::fill(LayerArgs<scalar_t>& args) const {
+  args.seq_len = seq_len;
+  args.batch = batch;
+  args.input_size = input_size;
+  args.hidden_size = hidden_size;
+  args.output_size = output_size;
+  args.rows = rows;
+  args.batch_sizes = packed_rows ? batch_sizes_.data() : nullptr;
+  args.offsets = packed_rows ? offsets_.data() : nullptr;
+  args.reverse = reverse_;
+  args.x = rows_of<scalar_t>(x_);
+  args.h0 = data<scalar_t>(h0_);
+  args.c0 = data<scalar_t>(c0_);
+  args.w_ih = data<scalar_t>(w_ih_);
+  args.w_hh = data<scalar_t>(w_hh_);
+  args.b_ih = data<scalar_t>(b_ih_);
+  args.b_hh = data<scalar_t>(b_hh_);
+  args.w_hr = data<scalar_t>(w_hr_);
+}
+
+template void CheckedLayer::fill(LayerArgs<float>&) const;
+template void CheckedLayer::fill(LayerArgs<double>&) const;
+template Rows<const float> CheckedLayer::rows_of(const Tensor&) const;
+template Rows<const double> CheckedLayer::rows_of(const Tensor&) const;
+
+}  // namespace rnnfast

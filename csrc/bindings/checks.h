@@ -1,0 +1,80 @@
+// Reads an operator's tensors into an engine's arguments, or throws a sentence: who, what was expected in letters and numbers,
+// what came. After these checks a kernel may trust every pointer and size.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../core/args.h"
+#include "../core/cell_info.h"
+
+namespace rnnfast {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+// What an operator was given, as it came.
+struct LayerTensors {
+  const Tensor& x;
+  const OptionalTensor &h0, &c0;
+  const Tensor &w_ih, &w_hh;
+  const OptionalTensor &b_ih, &b_hh, &w_hr, &batch_sizes;
+  int64_t cell;
+  bool reverse;
+};
+
+[[noreturn]] void fail(const std::string& what);
+std::string shape_text(const Tensor& tensor);
+
+const CellInfo& checked_cell(int64_t cell);
+ScalarType checked_dtype(const char* name, const Tensor& tensor);  // float32 or float64 on the CPU
+// `letters` and `sizes` name the same dimensions: check_shape("w_hr", w_hr, "(P, H)", {p, h}).
+void check_shape(const char* name, const Tensor& tensor, const char* letters, std::initializer_list<int64_t> sizes);
+void check_same(const char* name, const Tensor& tensor, ScalarType dtype);  // dtype and device
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype);
+void fill_zero(const Tensor& tensor);
+
+// The checked problem: sizes, tensors made contiguous where the kernel wants them so, and who owns the copies.
+class CheckedLayer {
+ public:
+  explicit CheckedLayer(const LayerTensors& tensors);
+
+  ScalarType dtype;
+  const CellInfo& cell;
+  int64_t seq_len, batch, input_size, hidden_size, output_size, rows;
+  bool packed_rows;
+  bool empty() const { return rows == 0; }
+  int64_t planes() const { return cell.saved + cell.states - 1 + (projection ? 1 : 0); }
+  bool projection;
+
+  // Pointers into the checked tensors; valid while this object lives.
+  template <class scalar_t>
+  void fill(LayerArgs<scalar_t>& args) const;
+  // Strides of a tensor of rows shaped as x, (T, B, features) or (N, features).
+  template <class scalar_t>
+  Rows<const scalar_t> rows_of(const Tensor& tensor) const;
+
+ private:
+  OptionalTensor contiguous(const OptionalTensor& tensor) const;
+  void check_weights();
+  void check_batch_sizes(const OptionalTensor& batch_sizes);
+
+  Tensor x_, w_ih_, w_hh_;
+  OptionalTensor h0_, c0_, b_ih_, b_hh_, w_hr_;
+  std::vector<int64_t> batch_sizes_, offsets_;
+  bool reverse_;
+};
+
+Tensor torch_contiguous(const Tensor& tensor);  // itself if it is contiguous
+// A tensor of rows with a unit stride in its features: itself, or a contiguous copy.
+Tensor unit_stride(const Tensor& tensor);
+
+}  // namespace rnnfast

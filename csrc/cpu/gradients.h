@@ -1,0 +1,198 @@
+// Gradients of the weights and of x, from the gate gradients of one chunk of steps:
+//   dw_ih += dgx^T . x   dw_hh += dgh^T . h_prev   dw_hr += dh^T . m   db = sums of dgx and dgh   dx = dgx . w_ih
+// Left sides are packed tile by tile (their rows lie across memory), right sides in panels that all workers share. Workers
+// own rows of the result, and every sum runs over the chunk's rows in order: the bits do not depend on their number.
+#pragma once
+
+#include "backward.h"
+
+namespace rnnfast::RNNFAST_TARGET {
+namespace {
+
+constexpr int64_t kDepth = 2 * kBlock;  // k elements of a dx product at a time, so that a panel's slice stays in the cache
+
+template <class Cell, class scalar_t>
+class GradientPass {
+ public:
+  GradientPass(const BackwardArgs<scalar_t>& args, const BackwardScratch<scalar_t>& scratch,
+               const BackwardPass<Cell, scalar_t>& loop, const Worker& worker)
+      : args_(args), s_(scratch), loop_(loop), worker_(worker), inputs_{args.input_size, 1}, outputs_{args.output_size, 1},
+        units_{args.hidden_size, 1} {}
+
+  void start() {
+    const Range mine = part_of(inputs_.count(), worker_.index, worker_.count);
+    const int64_t gates = Cell::kGates * args_.hidden_size;
+    if (s_.w_ih)
+      for (int64_t p = mine.begin; p < mine.end; ++p)
+        pack_rows(inputs_, p, gates, [&](int64_t k) { return args_.w_ih + k * args_.input_size; }, s_.w_ih);
+  }
+
+  // Adds the gradients of the steps of `chunk` (`first`: nothing has been added yet). Callers put barriers around it.
+  void add(Range chunk, bool first) {
+    const int64_t base = first_row(args_, chunk.begin), rows = first_row(args_, chunk.end - 1) +
+                                                               active(args_, chunk.end - 1) - base;
+    share_right_sides(chunk, rows);
+    barrier(worker_);
+    const Range gates = part_of(Cell::kGates * args_.hidden_size, worker_.index, worker_.count);
+    if (args_.dw_ih)
+      weight_product(gates, rows, first, s_.dgx, s_.gate_row, inputs_, s_.x_packed, args_.dw_ih);
+    if constexpr (Cell::kRecurrence == Recurrence::kDense) {
+      if (args_.dw_hh) weight_product(gates, rows, first, s_.dgh, s_.gate_row, outputs_, s_.h_packed, args_.dw_hh);
+    } else if (args_.dw_hh) {
+      diagonal_gradient(gates, chunk, rows, first);
+    }
+    if (args_.dw_hr)
+      weight_product(part_of(args_.output_size, worker_.index, worker_.count), rows, first, s_.dh_steps, args_.output_size,
+                     units_, s_.m_packed, args_.dw_hr);
+    if (args_.db_ih) sum_rows(gates, rows, first, s_.dgx, args_.db_ih);
+    if (args_.db_hh) sum_rows(gates, rows, first, s_.dgh, args_.db_hh);
+    if (args_.dx) input_gradient(base, part_of(rows, worker_.index, worker_.count));
+  }
+
+ private:
+  static constexpr int64_t kLanes = lanes_of<scalar_t>;
+  using V = vector_of<scalar_t>;
+
+  // Walks the chunk's rows in order while a panel asks for them one after the other.
+  struct StepCursor {
+    const BackwardArgs<scalar_t>& args;
+    int64_t t, base;
+    int64_t step_row(int64_t row) {  // returns the row within its step, and moves t there
+      while (row + base >= first_row(args, t) + active(args, t)) ++t;
+      return row + base - first_row(args, t);
+    }
+  };
+
+  void share_right_sides(Range chunk, int64_t rows) {
+    const int64_t base = first_row(args_, chunk.begin);
+    if (s_.x_packed) {
+      const Range mine = part_of(inputs_.count(), worker_.index, worker_.count);
+      for (int64_t p = mine.begin; p < mine.end; ++p) {
+        StepCursor cursor{args_, chunk.begin, base};
+        pack_rows(inputs_, p, rows, [&](int64_t k) {
+          const int64_t b = cursor.step_row(k);
+          return step_of(args_, args_.x, cursor.t) + b * args_.x.row_stride;
+        }, s_.x_packed);
+      }
+    }
+    if (s_.h_packed) {
+      const Range mine = part_of(outputs_.count(), worker_.index, worker_.count);
+      for (int64_t p = mine.begin; p < mine.end; ++p) {
+        StepCursor cursor{args_, chunk.begin, base};
+        pack_rows(outputs_, p, rows, [&](int64_t k) {
+          const int64_t b = cursor.step_row(k);
+          return loop_.state_before(0, cursor.t, b);
+        }, s_.h_packed);
+      }
+    }
+    if (s_.m_packed) {
+      const Range mine = part_of(units_.count(), worker_.index, worker_.count);
+      for (int64_t p = mine.begin; p < mine.end; ++p)
+        pack_rows(units_, p, rows, [&](int64_t k) { return loop_.hidden_of(base + k); }, s_.m_packed);
+    }
+  }
+
+  // out[m] (+)= sum over rows k of left[k][m] * right[k], for the rows m of the result in `range`.
+  void weight_product(Range range, int64_t rows, bool first, const scalar_t* left, int64_t left_row,
+                      const Panels<scalar_t>& panels, const scalar_t* right, scalar_t* out) {
+    scalar_t* a = s_.a_tile + worker_.index * s_.a_tile_size;
+    for_row_tiles(range.size(), kMaxVectors, [&](int64_t at, int height) {
+      const int64_t m = range.begin + at;
+      // The tile's columns of `left`, k by k: contiguous for the micro-kernel.
+      for (int64_t k = 0; k < rows; ++k)
+        for (int i = 0; i < height; ++i) a[k * height + i] = left[k * left_row + m + i];
+      for (int64_t p = 0; p < panels.count(); ++p)
+        multiply_columns(height, panels.valid(p), !first,
+                         Operands<scalar_t>{rows, a, 1, height, right + panels.offset(p) * rows, panels.vectors(p) * kLanes,
+                                            nullptr, 0, out + m * panels.units + panels.first(p), panels.units});
+    });
+  }
+
+  // Adds f(k) for the chunk's rows k, in partial sums of 64, to out (or to nothing, if first).
+  template <class RowValue>
+  void sum_columns(Range range, int64_t rows, bool first, const RowValue& value, scalar_t* out) {
+    for (int64_t m = range.begin; m < range.end; m += kLanes) {
+      const int64_t left = range.end - m;
+      V total = first ? V{} : load_part(out + m, left);
+      for (int64_t k = 0; k < rows;) {
+        V part{};
+        for (const int64_t end = smaller(rows, k + 64); k < end; ++k) part += value(k, m, left);
+        total += part;
+      }
+      store_part(out + m, total, left);
+    }
+  }
+
+  void sum_rows(Range range, int64_t rows, bool first, const scalar_t* from, scalar_t* out) {
+    sum_columns(range, rows, first,
+                [&](int64_t k, int64_t m, int64_t left) { return load_part(from + k * s_.gate_row + m, left); }, out);
+  }
+
+  // du = sum of dgh * h_prev.
+  void diagonal_gradient(Range range, Range chunk, int64_t rows, bool first) {
+    StepCursor cursor{args_, chunk.begin, first_row(args_, chunk.begin)};
+    sum_columns(range, rows, first,
+                [&](int64_t k, int64_t m, int64_t left) {
+                  if (k == 0) cursor.t = chunk.begin;
+                  const int64_t b = cursor.step_row(k);
+                  const scalar_t* h = loop_.state_before(0, cursor.t, b);
+                  return h ? load_part(s_.dgh + k * s_.gate_row + m, left) * load_part(h + m, left) : V{};
+                },
+                args_.dw_hh);
+  }
+
+  // dx = dgx . w_ih for the chunk's rows in `range`; dx is contiguous.
+  void input_gradient(int64_t base, Range range) {
+    const int64_t gates = Cell::kGates * args_.hidden_size;
+    scalar_t* out = args_.dx + (base + range.begin) * args_.input_size;
+    const scalar_t* a = s_.dgx + range.begin * s_.gate_row;
+    for (int64_t k = 0; k < gates; k += kDepth) {
+      const int64_t depth = smaller(kDepth, gates - k);
+      for (int64_t p = 0; p < inputs_.count(); ++p) {
+        // A slice of k of a packed panel is contiguous, of plain rows likewise.
+        const scalar_t* packed = s_.w_ih ? s_.w_ih + inputs_.offset(p) * gates + k * inputs_.vectors(p) * kLanes -
+                                               inputs_.offset(p) * depth
+                                         : nullptr;
+        BackwardPass<Cell, scalar_t>::row_product(inputs_, p, range.size(), k > 0, depth, a + k, s_.gate_row,
+                                                  args_.w_ih + k * args_.input_size, packed, out, args_.input_size);
+      }
+    }
+  }
+
+  const BackwardArgs<scalar_t>& args_;
+  const BackwardScratch<scalar_t>& s_;
+  const BackwardPass<Cell, scalar_t>& loop_;
+  const Worker worker_;
+  const Panels<scalar_t> inputs_, outputs_, units_;
+};
+
+// The whole backward of one worker.
+template <class Cell, class scalar_t>
+void run_backward(const BackwardArgs<scalar_t>& args, const Choice& choice, const BackwardScratch<scalar_t>& scratch,
+                  const Worker& worker) {
+  BackwardPass<Cell, scalar_t> loop(args, choice, scratch, worker);
+  GradientPass<Cell, scalar_t> gradients(args, scratch, loop, worker);
+  gradients.start();
+  loop.start();
+  const bool down = !args.reverse;  // against the direction of forward
+  bool first = true;
+  for (int64_t t = down ? args.seq_len - 1 : 0; t >= 0 && t < args.seq_len;) {
+    const Range chunk = chunk_of(args, t, down, kBackwardChunkRows);
+    const int64_t base = first_row(args, chunk.begin);
+    for (int64_t i = 0; i < chunk.size(); ++i) {
+      const int64_t at = down ? chunk.end - 1 - i : chunk.begin + i;
+      const bool is_first_step = at == (args.reverse ? args.seq_len - 1 : 0);
+      // A row's first step carries to dh0; in a packed reverse pass that may happen at any step.
+      loop.step(at, base, args.dh0 != nullptr || !is_first_step);
+    }
+    barrier(worker);  // the chunk's gate gradients are complete
+    gradients.add(chunk, first);
+    barrier(worker);  // and may be overwritten
+    first = false;
+    t = down ? chunk.begin - 1 : chunk.end;
+  }
+  loop.finish();
+}
+
+}  // namespace
+}  // namespace rnnfast::RNNFAST_TARGET

@@ -1,0 +1,77 @@
+// A worker's share of a layer, and where the rows of a step are: what forward and backward have in common.
+#pragma once
+
+#include "../cells/cell.h"
+#include "../core/args.h"
+#include "../core/choose_engine.h"
+#include "pack.h"
+#include "team.h"
+
+namespace rnnfast::RNNFAST_TARGET {
+namespace {
+
+template <class scalar_t>
+RNNFAST_HD int64_t active(const LayerArgs<scalar_t>& args, int64_t t) {
+  return args.batch_sizes ? args.batch_sizes[t] : args.batch;
+}
+
+template <class scalar_t>
+RNNFAST_HD int64_t first_row(const LayerArgs<scalar_t>& args, int64_t t) {
+  return args.offsets ? args.offsets[t] : t * args.batch;
+}
+
+template <class scalar_t, class pointer_t>
+RNNFAST_HD pointer_t* step_of(const LayerArgs<scalar_t>& args, const Rows<pointer_t>& rows, int64_t t) {
+  return rows.data + (args.offsets ? args.offsets[t] * rows.row_stride : t * rows.step_stride);
+}
+
+// The step whose state enters step t; its rows beyond active() enter from h0.
+template <class scalar_t>
+RNNFAST_HD int64_t previous(const LayerArgs<scalar_t>& args, int64_t t) {
+  return args.reverse ? t + 1 : t - 1;
+}
+
+// Rows at step t that have a previous step (the others start from h0).
+template <class scalar_t>
+RNNFAST_HD int64_t continuing(const LayerArgs<scalar_t>& args, int64_t t) {
+  const int64_t p = previous(args, t);
+  return p < 0 || p >= args.seq_len ? 0 : smaller(active(args, p), active(args, t));
+}
+
+// Rows of the batch for part `index` of `count`, with nearly equal numbers of valid steps.
+template <class scalar_t>
+Range rows_part(const LayerArgs<scalar_t>& args, int64_t index, int64_t count) {
+  if (!args.batch_sizes) return part_of(args.batch, index, count);
+  const int64_t low = args.rows * index / count, high = args.rows * (index + 1) / count;
+  Range range{args.batch, args.batch};
+  int64_t steps = 0, length = args.seq_len;
+  for (int64_t b = 0; b < args.batch; ++b) {
+    if (steps >= low && range.begin == args.batch) range.begin = b;
+    if (steps >= high) {
+      range.end = b;
+      break;
+    }
+    while (length > 0 && args.batch_sizes[length - 1] <= b) --length;
+    steps += length;
+  }
+  if (index == count - 1) range.end = args.batch;
+  if (range.begin > range.end) range.begin = range.end;
+  return range;
+}
+
+// Consecutive steps [lo, hi) handled together. Starts at `from` in the direction of `down`, holds at least `target` rows
+// if there are as many, and never depends on the number of threads.
+template <class scalar_t>
+Range chunk_of(const LayerArgs<scalar_t>& args, int64_t from, bool down, int64_t target) {
+  int64_t count = 0, t = from;
+  while (t >= 0 && t < args.seq_len && count < target) {
+    count += active(args, t);
+    t += down ? -1 : 1;
+  }
+  return down ? Range{t + 1, from + 1} : Range{from, t};
+}
+
+RNNFAST_HD int64_t chunk_capacity(int64_t rows, int64_t batch, int64_t target) { return smaller(rows, target + batch); }
+
+}  // namespace
+}  // namespace rnnfast::RNNFAST_TARGET

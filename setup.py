@@ -1,0 +1,100 @@
+"""Builds the libraries of rnnfast: finds torch, cmake, ninja and a compiler, and lets CMakeLists.txt do the rest.
+
+Environment: RNNFAST_CUDA=auto|0|1 (auto: where nvcc is found), RNNFAST_CUDA_ARCHS (default 90a), RNNFAST_DEV=1 (also the
+development module _core, for the tests), RNNFAST_BUILD_DIR (default build/<kind>, kept, so that a rebuild is incremental).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def stop(sentence: str) -> None:
+    """End the build with one sentence that says what to do."""
+    raise SystemExit(f"\nrnnfast: {sentence}\n")
+
+
+def find_torch() -> Path:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        stop(
+            "torch is not installed in this environment; install torch >= 2.10 first and build with "
+            "`pip install --no-build-isolation .`"
+        )
+    return Path(spec.origin).parent  # type: ignore[union-attr, arg-type]
+
+
+def find_tool(name: str) -> str:
+    """A build tool of this environment, or of the system."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if not found:
+        stop(f"{name} was not found; install it with `pip install {name}`")
+    return str(found)
+
+
+def check_compiler() -> None:
+    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in names):
+        stop(f"no C++ compiler was found (looked for {', '.join(names)}); install g++ >= 11 or clang >= 14")
+
+
+class CMakeBuild(build_ext):
+    """One configure and one build; the libraries land beside the Python files."""
+
+    def run(self) -> None:
+        torch, cmake, ninja = find_torch(), find_tool("cmake"), find_tool("ninja")
+        check_compiler()
+        out = ROOT / "rnnfast" if self.inplace else Path(self.build_lib).resolve() / "rnnfast"
+        cuda = os.environ.get("RNNFAST_CUDA", "auto")
+        if cuda not in ("auto", "0", "1"):
+            stop(f"RNNFAST_CUDA must be auto, 0 or 1, got {cuda!r}")
+        dev = os.environ.get("RNNFAST_DEV", "0") == "1"
+        build = Path(os.environ.get("RNNFAST_BUILD_DIR", ROOT / "build" / ("dev" if dev else "release")))
+        build.mkdir(parents=True, exist_ok=True)
+        options = [
+            "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DRNNFAST_TORCH={torch}", f"-DRNNFAST_OUT={out}",
+            f"-DRNNFAST_CUDA={cuda}", f"-DRNNFAST_CUDA_ARCHS={os.environ.get('RNNFAST_CUDA_ARCHS', '90a')}",
+            f"-DRNNFAST_DEV={'ON' if dev else 'OFF'}", f"-DPython_EXECUTABLE={sys.executable}",
+        ]  # fmt: skip
+        if dev:
+            pybind11 = importlib.util.find_spec("pybind11")
+            if pybind11 is None or pybind11.origin is None:
+                stop("RNNFAST_DEV=1 needs pybind11; install it with `pip install pybind11`")
+            options.append(f"-Dpybind11_DIR={Path(pybind11.origin).parent / 'share' / 'cmake' / 'pybind11'}")  # type: ignore[union-attr, arg-type]
+        try:
+            subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *options], check=True)
+            subprocess.run([cmake, "--build", str(build)], check=True)
+        except subprocess.CalledProcessError as error:
+            stop(f"the build failed in `{' '.join(map(str, error.cmd[:4]))} ...`; the compiler's message is above")
+
+    def get_source_files(self) -> list[str]:
+        return []
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib) / "rnnfast" / "_C.so")]
+
+
+class StableWheel(bdist_wheel):
+    """The library holds no Python: one wheel serves every Python 3 of this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    # Names the library so that setuptools knows the wheel is of one platform; CMake decides what is in it.
+    ext_modules=[Extension("rnnfast._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": StableWheel},
+)
