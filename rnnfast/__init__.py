@@ -1,0 +1,35 @@
+"""Fast recurrent layers for PyTorch: LSTM, GRU, RNN and IndRNN, drop-ins for torch.nn's.
+
+>>> import rnnfast
+>>> model = rnnfast.accelerate(model)          # every torch.nn layer in it, in place
+>>> layer = rnnfast.LSTM(512, 512, num_layers=2)
+>>> print(rnnfast.explain(layer))
+"""
+
+from . import functional
+from .accelerate import accelerate, restore
+from .cell_modules import GRUCell, LSTMCell, RNNCell
+from .engine import engines, last_run, use_engine
+from .explain import Explanation, explain
+from .modules import GRU, LSTM, RNN, IndRNN
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Explanation",
+    "GRUCell",
+    "IndRNN",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "accelerate",
+    "engines",
+    "explain",
+    "functional",
+    "last_run",
+    "restore",
+    "use_engine",
+]

@@ -1,0 +1,475 @@
+"""The path of every call: checks, casts, the choice between operators and reference, layers and
+directions. The layers (modules.py) and the functions (functional.py) both end here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
+
+from . import engine, ops, reference
+from .cells import CellSpec
+
+_forward = ops.forward
+_transforms_active = torch._C._are_functorch_transforms_active
+_is_grad_enabled = torch.is_grad_enabled
+
+_FLOAT32 = torch.float32
+_FLOAT64 = torch.float64
+
+_TYPE_NAMES = {
+    torch.float64: "Double",
+    torch.float32: "Float",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+    torch.complex64: "ComplexFloat",
+    torch.complex128: "ComplexDouble",
+    torch.uint8: "Byte",
+    torch.int8: "Char",
+    torch.int16: "Short",
+    torch.int32: "Int",
+    torch.int64: "Long",
+    torch.bool: "Bool",
+}
+
+
+def _raise_dtypes(found: Tensor, weight: Tensor, who: str) -> NoReturn:
+    """torch.nn's text, and ours with the names after it."""
+    a, b = (_TYPE_NAMES.get(t.dtype, str(t.dtype)) for t in (found, weight))
+    raise RuntimeError(
+        f"mat1 and mat2 must have the same dtype, but got {a} and {b} "
+        f"(rnnfast: {who} is {found.dtype}, the weights are {weight.dtype})"
+    )
+
+
+def _castable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and torch._C._is_any_autocast_enabled()
+
+
+def match_input(x: Tensor, weight: Tensor, layer: bool) -> Tensor:
+    """Under autocast, the input in the dtype of the weights; else an error as torch.nn's."""
+    if _castable(x):
+        return x.to(weight.dtype)
+    if layer and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
+        )
+    _raise_dtypes(x, weight, "input")
+
+
+def check_device(x: Tensor, weight: Tensor) -> None:
+    if x.device != weight.device:
+        raise RuntimeError(
+            "Input and parameter tensors are not at the same device, found input tensor at "
+            f"{x.device} and parameter tensor at {weight.device}"
+        )
+
+
+def match_state(state: Tensor, weight: Tensor, who: str) -> Tensor:
+    if state.device != weight.device:
+        raise RuntimeError(
+            "Input and hidden tensors are not at the same device, found input tensor at "
+            f"{weight.device} and hidden tensor at {state.device}"
+        )
+    if state.dtype == weight.dtype:
+        return state
+    if _castable(state):
+        return state.to(weight.dtype)
+    _raise_dtypes(state, weight, who)
+
+
+def _has_tangent(tensors: Sequence[Tensor | None]) -> bool:
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def use_reference(
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
+) -> bool:
+    """Whether a call goes to reference.py; an error if nothing can run it."""
+    if engine.forced == "reference":
+        return True
+    # an operator would stop functorch, and lose a tangent without a word
+    if _transforms_active() or (
+        forward_ad._current_level >= 0 and _has_tangent((x, h0, c0, *weights))
+    ):
+        if engine.forced == "cpu":
+            raise RuntimeError(
+                'rnnfast: the engine "cpu" was forced and can\'t run under functorch transforms or '
+                'forward-mode AD; use_engine("auto") or use_engine("reference") can'
+            )
+        return True
+    dtype = x.dtype
+    if dtype != _FLOAT32 and dtype != _FLOAT64:
+        raise RuntimeError(
+            f"rnnfast: the CPU engine computes in float32 and float64, got {x.dtype}; convert with "
+            '.float(), or run plain torch operators with rnnfast.use_engine("reference")'
+        )
+    if not (x.is_cpu or x.is_meta):
+        raise RuntimeError(
+            f"rnnfast: this version has no engine for {x.device.type}, got a tensor on {x.device}; "
+            'move it with .cpu(), run plain torch operators with rnnfast.use_engine("reference"), '
+            "or go back to torch.nn with rnnfast.restore(model)"
+        )
+    return False
+
+
+def direction(
+    use_ref: bool,
+    spec: CellSpec,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    packed: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One direction of one layer: (y, h_n, c_n)."""
+    if use_ref:
+        check_weights(spec, x, w_ih, w_hh, b_ih, b_hh, w_hr)
+        if not torch.compiler.is_compiling():
+            engine.note_reference()
+        return reference.forward(
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, cell=spec, reverse=reverse
+        )
+    save = _is_grad_enabled() and (
+        w_hh.requires_grad
+        or x.requires_grad
+        or w_ih.requires_grad
+        or any(t is not None and t.requires_grad for t in (h0, c0, b_ih, b_hh, w_hr))
+    )
+    if save:
+        if packed is not None:
+            raise RuntimeError(
+                "rnnfast: a frozen layer gives no gradients; call it under torch.no_grad() or "
+                "torch.inference_mode(), or unfreeze() it"
+            )
+        # an exported graph is for inference; should it be trained, backward computes `saved` anew
+        save = not torch.compiler.is_exporting()
+    y, h_n, c_n, _ = _forward(
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, packed, spec.id, reverse, save
+    )
+    return y, h_n, c_n
+
+
+def check_weights(
+    spec: CellSpec,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+) -> None:
+    """The checks of the operators, for the calls that don't reach them."""
+    gates, size = spec.gates, x.size(-1)
+    hidden = w_hh.size(0) // gates
+    if w_hr is not None:
+        hidden = w_hr.size(-1)
+    out = hidden if w_hr is None else w_hr.size(0)
+    rows = gates * hidden
+    recurrent: tuple[str, tuple[int, ...]] = ("(G*H, H)", (rows, hidden))
+    if spec.diagonal:
+        recurrent = ("(H,)", (rows,))
+    elif w_hr is not None:
+        recurrent = ("(G*H, P)", (rows, out))
+    expected: list[tuple[str, Tensor | None, str, tuple[int, ...]]] = [
+        ("w_ih", w_ih, "(G*H, I)", (rows, size)),
+        ("w_hh", w_hh, *recurrent),
+        ("b_ih", b_ih, "(G*H,)", (rows,)),
+        ("b_hh", b_hh, "(G*H,)", (rows,)),
+    ]
+    for name, tensor, letters, shape in expected:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise RuntimeError(
+                f"rnnfast: {name} must have shape {letters} = {shape}, got {tuple(tensor.shape)}"
+            )
+        if tensor is not None and tensor.dtype != x.dtype:
+            expects, got = (str(t.dtype).removeprefix("torch.") for t in (x, tensor))
+            raise RuntimeError(f"rnnfast: {name} must have the dtype of x, {expects}, got {got}")
+
+
+def stack(
+    spec: CellSpec,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Any],
+    bias: bool,
+    num_layers: int,
+    directions: int,
+    dropout: float,
+    batch_sizes: Tensor | None,
+    packed: Sequence[Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All layers and directions.
+
+    x (T, B, I) or packed (N, I), h0 (L*D, B, P), c0 (L*D, B, H) or None; gives y, h_n (L*D, B, P)
+    and c_n (L*D, B, H), which is empty for cells of one state.
+    """
+    use_ref = use_reference(x, h0, c0, weights)
+    if num_layers == 1 and directions == 1:
+        b_ih, b_hh = weights[2:4] if bias else (None, None)
+        w_hr = weights[-1] if len(weights) % 2 else None
+        y, h_n, c_n = direction(
+            use_ref,
+            spec,
+            x,
+            None if h0 is None else h0.squeeze(0),
+            c0,
+            weights[0],
+            weights[1],
+            b_ih,
+            b_hh,
+            w_hr,
+            batch_sizes,
+            None if packed is None else packed[0],
+            False,
+        )
+        return y, h_n.unsqueeze(0), c_n
+
+    count = num_layers * directions
+    each = len(weights) // count
+    h0s = (None,) * count if h0 is None else h0.unbind(0)
+    c0s = (None,) * count if c0 is None else c0.split(1)
+    h_ns: list[Tensor] = []
+    c_ns: list[Tensor] = []
+    y = x
+    for layer in range(num_layers):
+        ys = []
+        for k in range(directions):
+            i = layer * directions + k
+            w = weights[i * each : (i + 1) * each]
+            b_ih, b_hh = w[2:4] if bias else (None, None)
+            w_hr = w[-1] if each % 2 else None
+            out, h_n, c_n = direction(
+                use_ref,
+                spec,
+                y,
+                h0s[i],
+                c0s[i],
+                w[0],
+                w[1],
+                b_ih,
+                b_hh,
+                w_hr,
+                batch_sizes,
+                None if packed is None else packed[i],
+                k == 1,
+            )
+            ys.append(out)
+            h_ns.append(h_n)
+            c_ns.append(c_n)
+        y = ys[0] if directions == 1 else torch.cat(ys, -1)
+        if dropout != 0 and layer < num_layers - 1:
+            y = torch.dropout(y, dropout, True)  # torch.nn's draw, so that seeds give its masks
+    return y, torch.stack(h_ns), torch.cat(c_ns)
+
+
+def _raise_size(who: str, expected: tuple[int, ...], found: Tensor) -> NoReturn:
+    raise RuntimeError(f"Expected {who} size {expected}, got {list(found.size())}")
+
+
+def layer(
+    name: str,
+    spec: CellSpec,
+    input: Tensor | PackedSequence,
+    hx: Any,
+    weights: Sequence[Any],
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bias: bool,
+    batch_first: bool,
+    dropout: float,
+    bidirectional: bool,
+    packed: Sequence[Tensor] | None,
+) -> tuple[Any, Any]:
+    """A whole layer as torch.nn has it: input and hx in any of their forms, its errors."""
+    two_states = spec.states == 2
+    directions = 2 if bidirectional else 1
+    weight = weights[0]
+    dtype = weight.dtype
+    sorted_indices = unsorted_indices = batch_sizes = None
+    x: Tensor
+    if isinstance(input, PackedSequence):
+        x, batch_sizes, sorted_indices, unsorted_indices = input
+        batch = int(batch_sizes[0]) if hx is not None else 0
+        dims = 2
+        batched = True
+        if x.dtype != dtype:
+            x = match_input(x, weight, not two_states)
+    else:
+        x = input
+        dims = x.dim()
+        if dims == 3:
+            batched = True
+            if batch_first:
+                x = x.transpose(0, 1)
+        elif dims == 2:
+            batched = False
+            x = x.unsqueeze(1)
+        else:
+            noun = "D tensor" if spec.states == 1 and spec.gates == 1 else "D"
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {dims}{noun} instead")
+        batch = x.size(1)
+        dims = 3
+
+    h0: Tensor | None = None
+    c0: Tensor | None = None
+    if hx is not None:
+        if two_states:
+            h0, c0 = hx[0], hx[1]
+            if len(hx) != 2:
+                raise RuntimeError("lstm expects two hidden states")
+            if batch_sizes is None:
+                wanted = 3 if batched else 2
+                if h0.dim() != wanted or c0.dim() != wanted:
+                    form = "batched 3-D" if batched else "unbatched 2-D"
+                    raise RuntimeError(
+                        f"For {form} input, hx and cx should also be {wanted}-D but got "
+                        f"({h0.dim()}-D, {c0.dim()}-D) tensors"
+                    )
+            if isinstance(hx, Tensor):
+                raise TypeError("rnnfast: hx must be a tuple (h_0, c_0), got one Tensor")
+        else:
+            h0 = hx
+            wanted = 3 if batched else 2
+            if h0.dim() != wanted and batch_sizes is None:
+                form = "batched 3-D" if batched else "unbatched 2-D"
+                raise RuntimeError(
+                    f"For {form} input, hx should also be {wanted}-D but got {h0.dim()}-D tensor"
+                )
+
+    if x.dtype != dtype:
+        x = match_input(x, weight, True)
+    if x.dim() != dims:
+        raise RuntimeError(f"input must have {dims} dimensions, got {x.dim()}")
+    if x.size(-1) != input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {input_size}, got {x.size(-1)}"
+        )
+    on_cpu = x.is_cpu
+    if weight.is_cpu is not on_cpu or not on_cpu:
+        check_device(x, weight)
+    if h0 is not None:
+        if not batched:
+            h0 = h0.unsqueeze(1)
+            c0 = None if c0 is None else c0.unsqueeze(1)
+        expected = (num_layers * directions, batch, proj_size or hidden_size)
+        if h0.shape != expected:
+            _raise_size("hidden[0]" if two_states else "hidden", expected, h0)
+        if c0 is not None:
+            expected = (num_layers * directions, batch, hidden_size)
+            if c0.shape != expected:
+                _raise_size("hidden[1]", expected, c0)
+            if c0.dtype != dtype or c0.is_cpu is not on_cpu:
+                c0 = match_state(c0, weight, "hx[1]")
+        if h0.dtype != dtype or h0.is_cpu is not on_cpu:
+            h0 = match_state(h0, weight, "hx[0]" if two_states else "hx")
+        if sorted_indices is not None:
+            h0 = h0.index_select(1, sorted_indices)
+            c0 = None if c0 is None else c0.index_select(1, sorted_indices)
+    if x.size(0) == 0 and batch_sizes is None:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    y, h_n, c_n = stack(
+        spec, x, h0, c0, weights, bias, num_layers, directions, dropout, batch_sizes, packed
+    )
+
+    output: Any = y
+    if batch_sizes is not None:
+        output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        if unsorted_indices is not None:
+            h_n = h_n.index_select(1, unsorted_indices)
+            c_n = c_n.index_select(1, unsorted_indices) if two_states else c_n
+    elif not batched:
+        output = y.squeeze(1)
+        h_n = h_n.squeeze(1)
+        c_n = c_n.squeeze(1) if two_states else c_n
+    elif batch_first:
+        output = y.transpose(0, 1)
+    return output, ((h_n, c_n) if two_states else h_n)
+
+
+def check_cell_state(x: Tensor, state: Tensor, hidden: int, which: int) -> None:
+    if state.shape == (x.size(0), hidden):
+        return
+    if state.size(0) != x.size(0):
+        raise RuntimeError(
+            f"Input batch size {x.size(0)} doesn't match hidden{which} batch size {state.size(0)}"
+        )
+    if state.dim() < 2 or state.size(1) != hidden:
+        found = state.size(1) if state.dim() > 1 else state.size(0)
+        raise RuntimeError(
+            f"hidden{which} has inconsistent hidden_size: got {found}, expected {hidden}"
+        )
+    raise RuntimeError(
+        f"rnnfast: hx must have shape (B, H) = ({x.size(0)}, {hidden}), got {tuple(state.shape)}"
+    )
+
+
+def raise_cell_weights(spec: CellSpec, rows: int, hidden: int) -> NoReturn:
+    if spec.name == "gru":  # torch.nn's GRUCell sees it in the state of zeros that it makes
+        raise RuntimeError(
+            f"hidden0 has inconsistent hidden_size: got {rows // spec.gates}, expected {hidden}"
+        )
+    raise RuntimeError(
+        f"weight_ih first dim must be {spec.gates} * hidden_size = {spec.gates * hidden}, "
+        f"but got {rows}"
+    )
+
+
+def cell(
+    spec: CellSpec,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One step: x (B, I), h and c (B, H) or None; gives h' and c' (one more dimension in front)."""
+    if x.dim() != 2:
+        raise RuntimeError(f"rnnfast: input must have shape (B, I), got {tuple(x.shape)}")
+    # sizes before dtypes: the order of torch.nn's checks
+    if x.size(1) != w_ih.size(1):
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {x.size(1)} expected {w_ih.size(1)}"
+        )
+    hidden = w_hh.size(-1)
+    if w_ih.size(0) != spec.gates * hidden:
+        raise_cell_weights(spec, w_ih.size(0), hidden)
+    if h is not None:
+        check_cell_state(x, h, hidden, 0)
+        if c is not None:
+            check_cell_state(x, c, hidden, 1)
+    dtype = w_ih.dtype
+    if x.dtype != dtype:
+        x = match_input(x, w_ih, False)
+    on_cpu = x.is_cpu
+    if w_ih.is_cpu is not on_cpu or not on_cpu:
+        check_device(x, w_ih)
+    if h is not None:
+        if h.dtype != dtype or h.is_cpu is not on_cpu:
+            h = match_state(h, w_ih, "hx" if c is None else "hx[0]")
+        if c is not None:
+            if c.dtype != dtype or c.is_cpu is not on_cpu:
+                c = match_state(c, w_ih, "hx[1]")
+            c = c.unsqueeze(0)
+    use_ref = use_reference(x, h, c, (w_ih, w_hh, b_ih, b_hh))
+    _, h_n, c_n = direction(
+        use_ref, spec, x.unsqueeze(0), h, c, w_ih, w_hh, b_ih, b_hh, None, None, None, False
+    )
+    return h_n, c_n

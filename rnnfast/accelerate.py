@@ -1,0 +1,116 @@
+"""Swap torch.nn's recurrent layers for rnnfast's, in place, and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from .cell_modules import GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, RNN
+
+__all__ = ["accelerate", "restore"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+_log = logging.getLogger("rnnfast")
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LSTM: LSTM,
+    nn.GRU: GRU,
+    nn.RNN: RNN,
+    nn.LSTMCell: LSTMCell,
+    nn.GRUCell: GRUCell,
+    nn.RNNCell: RNNCell,
+}
+_PLAIN = {fast: plain for plain, fast in _FAST.items()}
+
+# marks what accelerate swapped, so that restore leaves layers built as rnnfast's alone
+_MARK = "_rnnfast_swapped"
+
+
+def _own_storage(parameters: Iterable[nn.Parameter]) -> None:
+    """Give parameters that are windows of a bigger storage (cuDNN's flattening) their own."""
+    for p in parameters:
+        if p.untyped_storage().nbytes() > p.numel() * p.element_size():
+            with torch.no_grad():
+                p.data = p.data.clone()
+
+
+def _why_not(module: nn.Module) -> str | None:
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and type(module) not in _FAST:
+        if type(module) in _PLAIN or type(module).__module__.startswith(__package__ or "rnnfast"):
+            return "it is one of rnnfast's already"
+        return f"its class {type(module).__name__} is derived from torch.nn's and may differ"
+    for name, p in module.named_parameters(recurse=False):
+        if not (p.is_cpu or p.is_meta):
+            return f"{name} is on {p.device}, and this version has no engine there"
+        if p.dtype not in (torch.float32, torch.float64):
+            return f"{name} is {p.dtype}, and the CPU engine computes in float32 and float64"
+    return None
+
+
+def accelerate(model: _Model) -> _Model:
+    """Make every torch.nn recurrent layer and cell of a model one of rnnfast's, in place.
+
+    The modules stay the same objects with the same Parameter objects: optimizers, hooks, the
+    training flag, tied weights and references to the modules stay valid, and so does the
+    ``state_dict``. Parameters that cuDNN had flattened into one storage get storage of their own.
+    Subclasses of torch.nn's layers, and layers whose weights this version has no engine for (not on
+    the CPU, not float32 or float64), are left alone. The logger ``"rnnfast"`` says at INFO what
+    was swapped and what was not, and why.
+
+    Args:
+        model: a model, or a single layer or cell
+
+    Returns:
+        the same ``model``
+
+    Raises:
+        TypeError: if ``model`` is no :class:`torch.nn.Module`
+
+    Example::
+
+        >>> model = rnnfast.accelerate(model)
+        >>> rnnfast.restore(model)              # back to torch.nn
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"rnnfast: accelerate needs a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            continue
+        path = name or "the model itself"
+        why = _why_not(module)
+        if why is not None:
+            _log.info("left %s (%s) alone: %s", path, type(module).__name__, why)
+            continue
+        plain: type[nn.Module] = type(module)
+        _own_storage(module.parameters(recurse=False))
+        module.__class__ = _FAST[plain]  # type: ignore[assignment]
+        module.__dict__[_MARK] = True
+        _log.info("swapped %s: torch.nn.%s -> rnnfast.%s", path, plain.__name__, plain.__name__)
+    return model
+
+
+def restore(model: _Model) -> _Model:
+    """Undo :func:`accelerate`: what it swapped is torch.nn's again, in place.
+
+    Args:
+        model: a model that was given to :func:`accelerate`, or a copy of one
+
+    Returns:
+        the same ``model``; layers that were built as rnnfast's stay
+
+    Example::
+
+        >>> rnnfast.restore(rnnfast.accelerate(model))
+    """
+    for name, module in model.named_modules():
+        if module.__dict__.pop(_MARK, False) and type(module) in _PLAIN:
+            module.__dict__.pop("_frozen", None)
+            module.__class__ = _PLAIN[type(module)]
+            _log.info("restored %s: torch.nn.%s", name or "the model itself", type(module).__name__)
+    return model

@@ -1,0 +1,216 @@
+"""Which engine runs: forcing one, listing them, and asking what ran."""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+
+import torch
+
+from . import ops as _ops  # noqa: F401  (loads the operators)
+
+__all__ = ["EngineScope", "engines", "last_run", "use_engine"]
+
+ISAS = ("portable", "avx2", "avx512", "neon")
+KERNELS = ("packed", "direct")
+SPLITS = ("serial", "batch", "units")
+_KERNEL_RAN = (*KERNELS, "diagonal")
+_NAMES = ("auto", "cpu", "reference")
+
+_native = torch.ops.rnnfast
+# read by functional at every call; changed by use_engine only
+forced = "auto"
+# counts changes of ISA: a frozen layer's packed weights belong to one
+isa_changes = 0
+_isa_wish = -1
+_kernel_wish = -1
+
+_local = threading.local()
+
+
+def available_isas() -> list[str]:
+    """Names of the instruction sets that were built and that this CPU has, slowest first."""
+    return [name for i, name in enumerate(ISAS) if _native.isa_available(i)]
+
+
+def engines() -> list[str]:
+    """Names of the engines that can run here, as :func:`use_engine` takes them.
+
+    Example::
+
+        >>> rnnfast.engines()
+        ['cpu', 'reference']
+    """
+    return ["cpu", "reference"]
+
+
+def _set_isa(isa: int) -> int:
+    global isa_changes, _isa_wish
+    _isa_wish = isa
+    before = int(_native.set_isa(isa))
+    if before != isa:
+        isa_changes += 1
+    return before
+
+
+def _set_kernel(kernel: int) -> int:
+    global _kernel_wish
+    _kernel_wish = kernel
+    return int(_native.set_kernel(kernel))
+
+
+class EngineScope:
+    """What :func:`use_engine` returns: the choice is in force; leaving ``with`` undoes it."""
+
+    def __init__(self, before: tuple[str, int | None, int | None]) -> None:
+        self._before = before
+
+    def __enter__(self) -> EngineScope:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global forced
+        forced, isa, kernel = self._before
+        if isa is not None:
+            _set_isa(isa)
+        if kernel is not None:
+            _set_kernel(kernel)
+
+
+def use_engine(name: str, *, isa: str | None = None, kernel: str | None = None) -> EngineScope:
+    """Force an engine, for the whole process, from now on or within ``with``.
+
+    Args:
+        name: ``"auto"`` (the default: the CPU engine where it applies, reference.py under functorch
+            transforms and forward-mode AD; every choice automatic again), ``"cpu"``, or
+            ``"reference"`` (plain torch operators: any dtype and device, slow)
+        isa: instruction set of the CPU engine: ``"portable"``, ``"avx2"``, ``"avx512"`` or
+            ``"neon"``; ``None`` leaves it as it is
+        kernel: ``"packed"`` or ``"direct"``; ``None`` leaves it as it is
+
+    Returns:
+        An :class:`EngineScope`. Nothing has to be done with it; as a context manager it puts
+        back what was in force before.
+
+    Raises:
+        RuntimeError: if there is no such engine, or it can't run here
+
+    Example::
+
+        >>> with rnnfast.use_engine("cpu", isa="portable"):
+        ...     y, _ = layer(x)
+        >>> rnnfast.use_engine("reference")     # until further notice
+        >>> rnnfast.use_engine("auto")
+    """
+    global forced
+    if name not in _NAMES:
+        raise RuntimeError(f"rnnfast: use_engine needs one of {', '.join(_NAMES)}, got {name!r}")
+    if name == "reference" and (isa is not None or kernel is not None):
+        raise RuntimeError("rnnfast: the reference engine has no isa and no kernel to choose")
+    if isa is not None and isa not in ISAS:
+        raise RuntimeError(f"rnnfast: isa must be one of {', '.join(ISAS)}, got {isa!r}")
+    if kernel is not None and kernel not in KERNELS:
+        raise RuntimeError(f"rnnfast: kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    if isa is not None and isa not in available_isas():
+        raise RuntimeError(
+            f"rnnfast: isa {isa!r} can't run here, this machine and build have "
+            f"{', '.join(available_isas())}"
+        )
+    isa_before = kernel_before = None
+    if isa is not None:
+        isa_before = _set_isa(ISAS.index(isa))
+    elif name == "auto":
+        isa_before = _set_isa(_initial_isa)
+    if kernel is not None:
+        kernel_before = _set_kernel(KERNELS.index(kernel))
+    elif name == "auto":
+        kernel_before = _set_kernel(-1)
+    before, forced = forced, name
+    return EngineScope((before, isa_before, kernel_before))
+
+
+def _isa_from_environment() -> int:
+    name = os.environ.get("RNNFAST_CPU", "")
+    if not name:
+        return -1
+    if name not in available_isas():
+        raise RuntimeError(
+            f"rnnfast: RNNFAST_CPU={name} can't be used, this machine and build have "
+            f"{', '.join(available_isas())}"
+        )
+    return ISAS.index(name)
+
+
+_initial_isa = _isa_from_environment()
+if _initial_isa >= 0:
+    _set_isa(_initial_isa)
+
+
+def active_isa() -> str:
+    """Name of the instruction set that the next call of the CPU engine uses."""
+    return ISAS[int(_native.choose(0, 0, 1, 1, 1, 1, 1, 4, 1))]
+
+
+def isa_is_forced() -> bool:
+    """Whether use_engine or RNNFAST_CPU chose the instruction set."""
+    return _isa_wish >= 0
+
+
+def kernel_is_forced() -> bool:
+    """Whether use_engine chose the kernel."""
+    return _kernel_wish >= 0
+
+
+def choose(
+    cell: int, sizes: tuple[int, int, int, int, int], itemsize: int, threads: int
+) -> tuple[str, int, str, str, str]:
+    """What the CPU engine would do for sizes (T, B, I, H, P): isa, threads, kernel_ih, kernel_hh,
+    split."""
+    isa, threads, ih, hh, split = (
+        int(_native.choose(field, cell, *sizes, itemsize, threads)) for field in range(5)
+    )
+    return ISAS[isa], threads, _KERNEL_RAN[ih], _KERNEL_RAN[hh], SPLITS[split]
+
+
+def note_reference() -> None:
+    """Remember that reference.py ran last on this thread."""
+    _local.reference_at = int(_native.last_run(5))
+
+
+def last_run() -> dict[str, str | int | None]:
+    """What ran in the last forward or backward pass of this thread.
+
+    Returns:
+        ``engine`` ("cpu", "reference", or None before the first run), and of the CPU engine
+        ``isa``, ``threads`` (number of threads), ``split`` ("serial", "batch" or "units"),
+        ``kernel_ih`` and ``kernel_hh`` ("packed", "direct", or "diagonal" for no product);
+        None where it does not apply
+
+    Example::
+
+        >>> y, _ = layer(x)
+        >>> rnnfast.last_run()["engine"]
+        'cpu'
+    """
+    count = int(_native.last_run(5))
+    keys = ("engine", "isa", "threads", "split", "kernel_ih", "kernel_hh")
+    ran: dict[str, str | int | None] = dict.fromkeys(keys)
+    if getattr(_local, "reference_at", -1) == count:
+        ran["engine"] = "reference"
+    elif count:
+        isa, threads, ih, hh, split = (int(_native.last_run(field)) for field in range(5))
+        ran.update(
+            engine="cpu",
+            isa=ISAS[isa],
+            threads=threads,
+            split=SPLITS[split],
+            kernel_ih=_KERNEL_RAN[ih],
+            kernel_hh=_KERNEL_RAN[hh],
+        )
+    return ran

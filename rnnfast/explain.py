@@ -1,0 +1,234 @@
+"""Say in words which engine a layer gets, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import engine
+from .cell_modules import GRUCell, LSTMCell, RNNCell
+from .cells import CellSpec, cell_spec
+from .modules import LAYERS, spec_of
+
+__all__ = ["Explanation", "Row", "explain"]
+
+_COLUMNS = ("layer", "shape", "engine", "isa", "threads", "split", "kernel", "reason")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One direction of one layer.
+
+    Args:
+        layer: its name
+        shape: sizes, cell and dtype in words
+        engine: ``"cpu"``, ``"reference"`` or ``"torch.nn"``
+        isa: instruction set, or ``"-"``
+        threads: number of threads, or 0 where rnnfast does not choose it
+        split: how threads divide the work: ``"serial"``, ``"batch"`` or ``"units"``
+        kernel: where the products take their weights: ``"packed"`` or ``"direct"``; input side
+            and hidden side if they differ
+        reason: why
+    """
+
+    layer: str
+    shape: str
+    engine: str
+    isa: str
+    threads: int
+    split: str
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found: ``rows``, and a table as its text."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no recurrent layers"
+        table = [_COLUMNS, *(tuple(str(getattr(r, c)) for c in _COLUMNS) for r in self.rows)]
+        widths = [max(len(line[k]) for line in table) for k in range(len(_COLUMNS))]
+        return "\n".join(
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+            for line in table
+        )
+
+
+def _reason(isa: str, split: str, kernels: tuple[str, str], threads: int, frozen: bool) -> str:
+    parts = [f"{isa} is " + ("forced" if engine.isa_is_forced() else "the widest of this machine")]
+    parts.append(
+        {
+            "serial": "too little work, or one thread, to divide",
+            "batch": f"{threads} threads take rows of the batch and need no synchronisation",
+            "units": f"{threads} threads take hidden units and meet once a step",
+        }[split]
+    )
+    if frozen:
+        parts.append("weights packed by freeze()")
+    elif engine.kernel_is_forced():
+        parts.append("the kernel is forced by use_engine")
+    elif "packed" in kernels:
+        parts.append("seq_len*batch repays packing the weights")
+    elif "direct" in kernels:
+        parts.append("too few rows to repay packing the weights")
+    return "; ".join(parts)
+
+
+def _row(
+    name: str,
+    spec: CellSpec,
+    sizes: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    train: bool,
+    frozen: bool = False,
+) -> Row:
+    seq_len, batch, input_size, hidden, out = sizes
+    shape = f"{spec.name} T={seq_len} B={batch} I={input_size} H={hidden}"
+    shape += f" P={out}" if out != hidden else ""
+    shape += f" {str(dtype).removeprefix('torch.')}{' train' if train else ''}"
+    nothing = ("-", 0, "-", "-")
+    if engine.forced == "reference":
+        return Row(name, shape, "reference", *nothing, "forced by use_engine")
+    if dtype not in (torch.float32, torch.float64):
+        return Row(name, shape, "none", *nothing, f"no engine for {dtype}: use float32 or float64")
+    if device.type not in ("cpu", "meta"):
+        return Row(name, shape, "none", *nothing, f"no engine for {device} in this version")
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    isa, threads, ih, hh, split = engine.choose(spec.id, sizes, itemsize, torch.get_num_threads())
+    if frozen:
+        ih, hh = "packed", "diagonal" if spec.diagonal else "packed"
+    kernel = ih if hh in (ih, "diagonal") else f"{ih}/{hh}"
+    reason = _reason(isa, split, (ih, hh), threads, frozen)
+    return Row(name, shape, "cpu", isa, threads, split, kernel, reason)
+
+
+def _layer_rows(name: str, module: nn.Module, x: Any, seq_len: int, batch: int) -> list[Row]:
+    weight = next(module.parameters(recurse=False), torch.empty(0))
+    train = torch.is_grad_enabled() and weight.requires_grad
+    if not isinstance(module, (*LAYERS, LSTMCell, GRUCell, RNNCell)):
+        why = "a layer of torch.nn: rnnfast.accelerate(model) swaps it, or logs why not"
+        return [Row(name, type(module).__name__, "torch.nn", "-", 0, "-", "-", why)]
+    cells = {"LSTMCell": "lstm", "GRUCell": "gru"}
+    if isinstance(module, LAYERS):
+        if isinstance(x, PackedSequence):
+            seq_len, batch = x.batch_sizes.numel(), int(x.batch_sizes[0])
+        elif x is not None and x.dim() == 3:
+            seq_len, batch = (x.size(1), x.size(0)) if module.batch_first else x.shape[:2]
+        elif x is not None:
+            seq_len, batch = x.size(0), 1
+        directions = 2 if module.bidirectional else 1
+        out = module.proj_size or module.hidden_size
+        return [
+            _row(
+                f"{name}.l{k}{'_reverse' if d else ''}".lstrip("."),
+                spec_of(module),
+                (
+                    seq_len,
+                    batch,
+                    module.input_size if k == 0 else out * directions,
+                    module.hidden_size,
+                    out,
+                ),
+                weight.dtype,
+                weight.device,
+                train,
+                module._frozen is not None,
+            )
+            for k in range(module.num_layers)
+            for d in range(directions)
+        ]
+    spec = cell_spec(cells.get(type(module).__name__) or f"rnn_{module.nonlinearity}")
+    if x is not None:
+        batch = x.size(0) if x.dim() == 2 else 1
+    h = int(module.hidden_size)  # type: ignore[arg-type]
+    sizes = (1, batch, int(module.input_size), h, h)  # type: ignore[arg-type]
+    return [_row(name or "cell", spec, sizes, weight.dtype, weight.device, train)]
+
+
+def _inputs(model: nn.Module, layers: dict[str, nn.Module], x: Any) -> dict[str, Any]:
+    """What each recurrent layer receives when the model is called with x."""
+    seen: dict[str, Any] = {}
+    hooks = []
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()  # no running statistics, no random numbers
+        for name, module in layers.items():
+
+            def look(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                seen.setdefault(name, args[0] if args else None)
+
+            hooks.append(module.register_forward_pre_hook(look))
+        with torch.no_grad():
+            model(*x) if isinstance(x, tuple) and not isinstance(x, PackedSequence) else model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    return seen
+
+
+def explain(
+    what: nn.Module | str,
+    x: Any = None,
+    *,
+    seq_len: int = 100,
+    batch: int = 1,
+    input_size: int | None = None,
+    hidden_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    train: bool = False,
+) -> Explanation:
+    """Tell which engine, ISA, threads, split and kernel a layer, model or shape gets, and why.
+
+    Args:
+        what: a layer, a model with recurrent layers in it, or the name of a cell ("lstm", "gru",
+            "rnn_tanh", "rnn_relu", "indrnn_tanh", "indrnn_relu")
+        x: input to look at; a model is run on it once, in eval mode and without gradients (a
+            tuple holds several arguments). Without it ``seq_len`` and ``batch`` are taken
+        seq_len, batch: number of steps and of sequences
+        input_size, hidden_size, dtype, train: for the name of a cell
+
+    Returns:
+        :class:`Explanation`: ``rows``, one for each layer and direction; printing it gives a table
+
+    Raises:
+        RuntimeError: for an unknown cell, or a cell's name without its sizes
+
+    Example::
+
+        >>> print(rnnfast.explain(rnnfast.LSTM(512, 512), seq_len=50, batch=8))
+        >>> rnnfast.explain("gru", seq_len=1, batch=1, input_size=64, hidden_size=64).rows[0].engine
+        'cpu'
+    """
+    if isinstance(what, str):
+        if input_size is None or hidden_size is None:
+            raise RuntimeError(
+                f'rnnfast: explain("{what}") needs input_size and hidden_size, '
+                f"got {input_size} and {hidden_size}"
+            )
+        spec = cell_spec(what)
+        sizes = (seq_len, batch, input_size, hidden_size, hidden_size)
+        return Explanation([_row(spec.name, spec, sizes, dtype, torch.device("cpu"), train)])
+    layers: dict[str, nn.Module] = {
+        name: module
+        for name, module in what.named_modules()
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+    }
+    inputs: dict[str, Any] = {}
+    if x is not None:
+        # a layer tells its shapes by itself; only a model must be run to know them
+        inputs = {"": x} if "" in layers else _inputs(what, layers, x)
+    rows: list[Row] = []
+    for name, module in layers.items():
+        rows += _layer_rows(name, module, inputs.get(name), seq_len, batch)
+    return Explanation(rows)

@@ -1,0 +1,282 @@
+"""The dispatcher's operators seen from Python: fake kernels and derivatives.
+
+``rnnfast::forward`` and ``rnnfast::backward`` are one direction of one layer; their schemas and CPU
+kernels live in csrc/bindings. Both have derivatives: that of ``forward`` is ``backward``, that of
+``backward`` is reference.py differentiated twice, right to any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._library import load
+from .cells import CELLS
+
+__all__ = ["backward", "forward", "pack"]
+
+load()
+
+forward = torch.ops.rnnfast.forward.default
+backward = torch.ops.rnnfast.backward.default
+pack = torch.ops.rnnfast.pack.default
+
+# the differentiable arguments, in the order of the bits of `needs`
+_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+_Grads = tuple[Tensor | None, ...]
+
+
+def _hidden(w_ih: Tensor, cell: int) -> int:
+    return w_ih.shape[0] // CELLS[cell].gates
+
+
+def _check_devices(x: Tensor, batch_sizes: Tensor | None, **others: Tensor | None) -> None:
+    # a call that mixes meta tensors with others comes to the fake kernel, and must not pass
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(
+                f"rnnfast: {name} must be on the same device as x ({x.device}), got {tensor.device}"
+            )
+    if batch_sizes is not None and batch_sizes.device.type != "cpu":
+        raise RuntimeError(
+            f"rnnfast: batch_sizes must be a CPU tensor, got one on {batch_sizes.device}"
+        )
+
+
+@torch.library.register_fake("rnnfast::forward")
+def _(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    packed: Tensor | None,
+    cell: int,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(
+        x, batch_sizes, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr,
+        packed=packed,
+    )  # fmt: skip
+    spec = CELLS[cell]
+    hidden = _hidden(w_ih, cell)
+    out = hidden if w_hr is None else w_hr.shape[0]
+    if batch_sizes is None:
+        batch: Any = x.shape[1]
+        rows = x.shape[0] * x.shape[1]
+        y = x.new_empty((x.shape[0], batch, out))
+    else:
+        # without h0 the batch is a value of batch_sizes, which a fake tensor does not have
+        batch = torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.shape[0]
+        rows = x.shape[0]
+        y = x.new_empty((rows, out))
+    planes = spec.saved + spec.states - 1 + (w_hr is not None)
+    saved = x.new_empty((rows, planes, hidden) if save else (0,))
+    return y, x.new_empty((batch, out)), x.new_empty((spec.states - 1, batch, hidden)), saved
+
+
+@torch.library.register_fake("rnnfast::backward")
+def _(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    cell: int,
+    reverse: bool,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    _check_devices(
+        x, batch_sizes, dy=dy, dh_n=dh_n, dc_n=dc_n, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh,
+        b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, y=y, saved=saved,
+    )  # fmt: skip
+    hidden = _hidden(w_ih, cell)
+    batch: Any = 0
+    if needs & 6:
+        given = next((t for t in (h0, dh_n) if t is not None), None)
+        if batch_sizes is None:
+            batch = x.shape[1]
+        elif given is not None:
+            batch = given.shape[0]
+        else:
+            batch = torch.library.get_ctx().new_dynamic_size()
+    gates = w_ih.shape[0]
+    shapes: tuple[Any, ...] = (
+        x.shape,
+        (batch, hidden if w_hr is None else w_hr.shape[0]),
+        (CELLS[cell].states - 1, batch, hidden),
+        w_ih.shape,
+        w_hh.shape,
+        (gates,),
+        (gates,),
+        (0,) if w_hr is None else w_hr.shape,
+    )
+    return tuple(
+        x.new_empty(shape if needs & bit else (0,))
+        for shape, bit in zip(shapes, _BITS, strict=True)
+    )
+
+
+@torch.library.register_fake("rnnfast::pack")
+def _(w_ih: Tensor, w_hh: Tensor, w_hr: Tensor | None, cell: int) -> Tensor:
+    return w_ih.new_empty((torch.library.get_ctx().new_dynamic_size(),))
+
+
+def _needs(needed: Any) -> int:
+    return sum(bit for bit, needs in zip(_BITS, needed, strict=True) if needs)
+
+
+def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    y, _, c_n, saved = output
+    ctx.cell, ctx.reverse, ctx.save = inputs[10:13]
+    if CELLS[ctx.cell].states == 1:
+        ctx.mark_non_differentiable(saved, c_n)
+    else:
+        ctx.mark_non_differentiable(saved)
+    ctx.save_for_backward(*inputs[:9], y, saved)
+
+
+def _forward_backward(
+    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: Tensor | None
+) -> _Grads:
+    none: _Grads = (None,) * 13
+    needed = ctx.needs_input_grad[:8]
+    if dy is None and dh_n is None and dc_n is None:
+        return none
+    *inputs, y, saved = ctx.saved_tensors
+    batch_sizes = inputs[8]
+    if torch._C._are_functorch_transforms_active():
+        # batched gradients (is_grads_batched, vectorize=True): the kernel takes one at a time
+        grads = _reference_backward((dy, dh_n, dc_n), tuple(inputs[:8]), batch_sizes, ctx, needed)
+        return (*grads, *none[8:])
+    if not ctx.save:
+        with torch.no_grad():
+            y, _, _, saved = forward(*inputs, None, ctx.cell, ctx.reverse, True)
+    grads = backward(dy, dh_n, dc_n, *inputs, y, saved, ctx.cell, ctx.reverse, _needs(needed))
+    return (*(g if n else None for g, n in zip(grads, needed, strict=True)), *none[8:])
+
+
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.cell, ctx.reverse, ctx.needs = inputs[14:17]
+    ctx.mark_non_differentiable(
+        *(g for g, bit in zip(output, _BITS, strict=True) if not ctx.needs & bit)
+    )
+    ctx.save_for_backward(*inputs[:12])
+
+
+def _alias(tensor: Tensor | None, needed: bool) -> Tensor | None:
+    """A node of its own for an argument: arguments may depend on each other (h0 on x, say), and the
+    derivative wanted is the one with the others held fixed."""
+    if tensor is None or not needed:
+        return tensor
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return tensor.view_as(tensor)
+    return tensor.detach().requires_grad_()
+
+
+def _reference_backward(
+    dout: _Grads, args: _Grads, batch_sizes: Tensor | None, ctx: Any, wanted: Any
+) -> list[Tensor | None]:
+    """Gradients of the arguments that are wanted, by reference.py, themselves differentiable
+    if grad mode is on."""
+    create_graph = torch.is_grad_enabled()
+    leaves = [_alias(a, n) for a, n in zip(args, wanted, strict=True)]
+    with torch.enable_grad():
+        return _vjp(dout, leaves, batch_sizes, ctx, wanted, create_graph)
+
+
+def _vjp(
+    dout: Any, leaves: Any, batch_sizes: Tensor | None, ctx: Any, wanted: Any, create_graph: bool
+) -> list[Tensor | None]:
+    run: Any = reference.forward
+    out = run(*leaves, batch_sizes, cell=ctx.cell, reverse=ctx.reverse)
+    pairs = [(o, d) for o, d in zip(out, dout, strict=True) if d is not None and o.requires_grad]
+    chosen = [leaf for leaf, n in zip(leaves, wanted, strict=True) if n]
+    if not pairs or not chosen:
+        pairs_wanted = zip(leaves, wanted, strict=True)
+        return [torch.zeros_like(leaf) if n else None for leaf, n in pairs_wanted]
+    grads = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            chosen,
+            [d for _, d in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
+    return [next(grads) if n else None for n in wanted]
+
+
+def _backward_backward(ctx: Any, *ddout: Tensor | None) -> _Grads:
+    none: _Grads = (None,) * 17
+    args = list(ctx.saved_tensors)
+    batch_sizes = args.pop()
+    dout_needed, needed = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:11]
+    create_graph = torch.is_grad_enabled()
+    asked = [bool(ctx.needs & bit) and d is not None for bit, d in zip(_BITS, ddout, strict=True)]
+    if not any(asked):
+        return none
+    # what a state that was not given would have been
+    batch = None
+    if (asked[1] and args[4] is None) or (asked[2] and args[5] is None):
+        batch = args[3].shape[1] if batch_sizes is None else int(batch_sizes[0])
+        hidden = _hidden(args[6], ctx.cell)
+        if args[4] is None:
+            out = hidden if args[10] is None else args[10].shape[0]
+            args[4] = args[3].new_zeros((batch, out))
+        if args[5] is None and CELLS[ctx.cell].states > 1:
+            args[5] = args[3].new_zeros((CELLS[ctx.cell].states - 1, batch, hidden))
+
+    dout: list[Any] = [_alias(d, n) for d, n in zip(args[:3], dout_needed, strict=True)]
+    # the first derivative needs a node for all that it was asked for, the second for all it is
+    either = [(n or a) and t is not None for n, a, t in zip(needed, asked, args[3:], strict=True)]
+    leaves = [_alias(t, n) for t, n in zip(args[3:], either, strict=True)]
+    with torch.enable_grad():
+        first = _vjp(dout, leaves, batch_sizes, ctx, [a and e for a, e in zip(asked, either)], True)
+        pairs = [
+            (g, d)
+            for g, d in zip(first, ddout, strict=True)
+            if g is not None and d is not None and g.requires_grad
+        ]
+        inputs = [*dout, *leaves]
+        wanted = [n and t is not None for n, t in zip((*dout_needed, *needed), inputs, strict=True)]
+        chosen = [t for t, n in zip(inputs, wanted, strict=True) if n]
+        if not pairs or not chosen:
+            return none
+        grads = iter(
+            torch.autograd.grad(
+                [g for g, _ in pairs],
+                chosen,
+                [d for _, d in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        )
+    return (*(next(grads) if n else None for n in wanted), *none[11:])
+
+
+torch.library.register_autograd("rnnfast::forward", _forward_backward, setup_context=_forward_setup)
+torch.library.register_autograd(
+    "rnnfast::backward", _backward_backward, setup_context=_backward_setup
+)

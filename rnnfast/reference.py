@@ -1,0 +1,146 @@
+"""Every cell in plain, differentiable torch operators: slow, and right everywhere.
+
+It is what the fast engines are measured against, and what runs where they cannot: functorch
+transforms, forward-mode AD, derivatives above the first, other dtypes and devices under
+``rnnfast.use_engine("reference")``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .cells import CellSpec, cell_spec
+
+__all__ = ["cell_step", "forward"]
+
+
+def cell_step(
+    spec: CellSpec, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    r"""One step of a cell, from pre-activations to the next state.
+
+    Args:
+        spec: the cell
+        gx: input side ``w_ih x + b_ih``
+        gh: hidden side ``w_hh h + b_hh``
+        state: ``(h,)`` or ``(h, c)``, each :math:`(N, H)`
+
+    Shape:
+        - gx, gh: :math:`(N, G \cdot H)`
+        - Output: the new state, shapes as ``state``
+    """
+    if spec.name == "lstm":
+        # Hochreiter & Schmidhuber 1997; forget gate of Gers et al. 2000
+        i, f, g, o = (gx + gh).chunk(4, -1)
+        c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+    if spec.name == "gru":
+        # Cho et al. 2014, with the reset after the product, as cuDNN and torch.nn have it
+        x_r, x_z, x_n = gx.chunk(3, -1)
+        h_r, h_z, h_n = gh.chunk(3, -1)
+        r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+        n = torch.tanh(x_n + r * h_n)
+        return ((1 - z) * n + z * state[0],)
+    # Elman 1990; IndRNN (Li et al. 2018, arXiv:1803.04831) differs in gh only
+    act = torch.relu if spec.name.endswith("relu") else torch.tanh
+    return (act(gx + gh),)
+
+
+def _packed_index(batch_sizes: Tensor, batch: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where row (t, b) of a padded batch lies among the packed rows, and the way back.
+
+    Index arithmetic only, no value is read by Python, so that it also works on fake tensors.
+    """
+    steps = batch_sizes.size(0)
+    column = torch.arange(batch, device=batch_sizes.device)
+    valid = column < batch_sizes.unsqueeze(1)  # (T, B)
+    first = torch.cumsum(batch_sizes, 0) - batch_sizes
+    to_packed = torch.where(valid, first.unsqueeze(1) + column, rows).reshape(-1)
+    flat = torch.arange(steps * batch, device=batch_sizes.device)
+    to_padded = flat.new_zeros(rows + 1).scatter(0, to_packed, flat)[:rows]
+    return valid, to_packed.clamp(max=max(rows - 1, 0)), to_padded
+
+
+def forward(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    *,
+    cell: CellSpec | str | int,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""One direction of one layer, as ``torch.ops.rnnfast.forward`` without what it saves.
+
+    Args:
+        x: input
+        h0, c0: initial state; ``None`` means zeros
+        w_ih, w_hh, b_ih, b_hh: weights in PyTorch's layout and gate order
+        w_hr: projection of the LSTM with ``proj_size``, or ``None``
+        batch_sizes: as in :class:`torch.nn.utils.rnn.PackedSequence`, or ``None``
+        cell: name, id or :class:`~rnnfast.cells.CellSpec`
+        reverse: run time backwards; ``y[t]`` still belongs to ``x[t]``
+
+    Shape:
+        - x: :math:`(T, B, I)`, or packed :math:`(\sum_t n_t, I)`
+        - h0: :math:`(B, P)`, :math:`P` = proj_size or hidden_size
+        - c0: :math:`(S-1, B, H)`
+        - w_ih: :math:`(G \cdot H, I)`
+        - w_hh: :math:`(G \cdot H, P)`, or :math:`(G \cdot H)` for a diagonal recurrence
+        - b_ih, b_hh: :math:`(G \cdot H)`
+        - w_hr: :math:`(P, H)`
+        - batch_sizes: :math:`(T)`, int64
+        - Output: ``y`` :math:`(T, B, P)` or :math:`(\sum_t n_t, P)`, ``h_n`` :math:`(B, P)`,
+          ``c_n`` :math:`(S-1, B, H)`
+
+    Example::
+
+        >>> x, w_ih, w_hh = torch.randn(5, 2, 3), torch.randn(4, 3), torch.randn(4, 4)
+        >>> y, h_n, _ = forward(x, None, None, w_ih, w_hh, None, None, cell="rnn_tanh")
+        >>> y.shape, h_n.shape
+        (torch.Size([5, 2, 4]), torch.Size([2, 4]))
+    """
+    spec = cell_spec(cell)
+    hidden = w_ih.size(0) // spec.gates
+    valid: Tensor | None = None
+    to_padded: Tensor | None = None
+    if batch_sizes is not None:
+        batch = h0.size(0) if h0 is not None else int(batch_sizes[0])
+        valid, to_packed, to_padded = _packed_index(batch_sizes, batch, x.size(0))
+        valid, to_packed, to_padded = (i.to(x.device) for i in (valid, to_packed, to_padded))
+        x = x[to_packed].unflatten(0, (-1, batch)) if batch else x.new_zeros(0, 0, x.size(1))
+        # what stands in place of a missing row must not leak a NaN of another sequence
+        valid = valid.unsqueeze(-1)
+        x = torch.where(valid, x, 0)
+    steps, batch = x.size(0), x.size(1)
+    h = x.new_zeros(batch, hidden if w_hr is None else w_hr.size(0)) if h0 is None else h0
+    rest = tuple(c0.unbind(0)) if c0 is not None else ()
+    if spec.states > 1 and not rest:
+        rest = (x.new_zeros(batch, hidden),) * (spec.states - 1)
+
+    gx = x @ w_ih.t()
+    if b_ih is not None:
+        gx = gx + b_ih
+    y: list[Tensor] = [h] * steps
+    for t in range(steps - 1, -1, -1) if reverse else range(steps):
+        gh = h * w_hh if spec.diagonal else h @ w_hh.t()
+        if b_hh is not None:
+            gh = gh + b_hh
+        new = cell_step(spec, gx[t], gh, (h, *rest))
+        out = new[0] if w_hr is None else new[0] @ w_hr.t()
+        if valid is not None:
+            out = torch.where(valid[t], out, h)
+            new = (out, *(torch.where(valid[t], a, b) for a, b in zip(new[1:], rest, strict=True)))
+        h, rest = out, new[1:]
+        y[t] = h
+    stacked = torch.stack(y) if steps else x.new_zeros(0, batch, h.size(-1))
+    if to_padded is not None:
+        stacked = stacked.flatten(0, 1)[to_padded]
+    c_n = torch.stack(rest) if rest else x.new_zeros(0, batch, hidden)
+    return stacked, h, c_n
