@@ -227,7 +227,7 @@ class LSTM(_Layer):
             bidirectional, proj_size, device, dtype,
         )  # fmt: skip
 
-    # torch.nn.LSTM's helpers, for code that calls or overrides them
+    # torch.nn.LSTM's methods, for code that calls or overrides them
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]

@@ -238,9 +238,12 @@ def _backward_backward(ctx: Any, *ddout: Tensor | None) -> _Grads:
     if not any(asked):
         return none
     # what a state that was not given would have been
-    batch = None
-    if (asked[1] and args[4] is None) or (asked[2] and args[5] is None):
-        batch = args[3].shape[1] if batch_sizes is None else int(batch_sizes[0])
+    packed = batch_sizes is not None
+    if (args[4] is None and (asked[1] or packed)) or (asked[2] and args[5] is None):
+        if not packed:
+            batch = args[3].shape[1]
+        else:  # the shape where there is one: a traced batch_sizes has no values
+            batch = int(batch_sizes[0]) if args[1] is None else args[1].shape[0]
         hidden = _hidden(args[6], ctx.cell)
         if args[4] is None:
             out = hidden if args[10] is None else args[10].shape[0]
