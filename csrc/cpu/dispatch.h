@@ -25,6 +25,9 @@ struct KernelTable {
   const CellKernels<double>* float64;
   void (*math32)(MathFunction, int64_t count, const float* in, float* out);
   void (*math64)(MathFunction, int64_t count, const double* in, double* out);
+  // out (rows, units) = a (rows, k) . w (units, k)^T by the given kernel, one panel after the other, for the tests.
+  void (*product32)(Kernel, int64_t rows, int64_t units, int64_t k_size, const float* a, const float* w, float* out);
+  void (*product64)(Kernel, int64_t rows, int64_t units, int64_t k_size, const double* a, const double* w, double* out);
   // One tile of the micro-kernel over and over: operations a second when divided by its time (bench/limits.py).
   int64_t (*spin_tile)(int64_t repeats);
 };

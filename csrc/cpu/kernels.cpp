@@ -63,6 +63,22 @@ void apply_math(MathFunction function, int64_t count, const scalar_t* in, scalar
   }
 }
 
+template <class scalar_t>
+void product(Kernel kernel, int64_t rows, int64_t units, int64_t k_size, const scalar_t* a, const scalar_t* w, scalar_t* out) {
+  const scalar_t* no_bias = nullptr;
+  if (kernel == Kernel::kDirect) return multiply_direct(rows, units, k_size, a, k_size, w, k_size, no_bias, out, units);
+  constexpr int64_t lanes = lanes_of<scalar_t>;
+  const Panels<scalar_t> panels{units, 1};
+  scalar_t* packed = new scalar_t[panels.padded() * k_size];
+  for (int64_t p = 0; p < panels.count(); ++p) {
+    pack_units(panels, p, k_size, w, packed);
+    multiply_columns(rows, panels.valid(p), false,
+                     Operands<scalar_t>{k_size, a, k_size, 1, packed + panels.offset(p) * k_size, panels.vectors(p) * lanes,
+                                        nullptr, 0, out + panels.first(p), units});
+  }
+  delete[] packed;
+}
+
 int64_t spin_tile(int64_t repeats) {
   constexpr int kRows = max_rows(kMaxVectors);
   constexpr int64_t kSize = 64, lanes = lanes_of<float>;
@@ -72,7 +88,8 @@ int64_t spin_tile(int64_t repeats) {
   return repeats * 2 * kRows * kSize * kMaxVectors * lanes;
 }
 
-constexpr KernelTable kTable = {kFloat32, kFloat64, apply_math<float>, apply_math<double>, spin_tile};
+constexpr KernelTable kTable = {kFloat32,       kFloat64,        apply_math<float>, apply_math<double>,
+                                product<float>, product<double>, spin_tile};
 
 }  // namespace
 

@@ -1,0 +1,243 @@
+// The core alone, without torch and Python, for the sanitizers: every cell, instruction set, kernel and split, on buffers of
+// exactly the size that a layer has. Forward is compared between instruction sets and kernels, backward with finite
+// differences, one thread with two bit for bit.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/cell_info.h"
+#include "cpu/dispatch.h"
+
+using namespace rnnfast;
+
+namespace {
+
+int failures = 0, checks = 0;
+
+void check(bool good, const std::string& what) {
+  ++checks;
+  if (!good) {
+    ++failures;
+    std::printf("FAILED: %s\n", what.c_str());
+  }
+}
+
+void thread_per_part(int count, void (*run)(long, long, void*), void* context) {
+  std::vector<std::thread> threads;
+  for (int i = 1; i < count; ++i) threads.emplace_back([=] { run(i, i + 1, context); });
+  run(0, 1, context);
+  for (auto& thread : threads) thread.join();
+}
+
+// A pool that runs everything on the caller, as a nested call does: the team must notice and work alone.
+void one_thread(int count, void (*run)(long, long, void*), void* context) { run(0, count, context); }
+
+using Values = std::vector<double>;
+
+struct Layer {
+  int cell;
+  int64_t T, B, I, H, P;
+  bool reverse;
+  std::vector<int64_t> batch_sizes, offsets;
+  Values x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr;
+
+  Layer(int cell_id, int64_t t, int64_t b, int64_t i, int64_t h, int64_t p, bool uneven, bool backwards)
+      : cell(cell_id), T(t), B(b), I(i), H(h), P(p ? p : h), reverse(backwards) {
+    const CellInfo& info = cell_info(cell);
+    std::mt19937 random(1);
+    std::uniform_real_distribution<double> uniform(-0.5, 0.5);
+    const auto fill = [&](Values& values, int64_t size) {
+      values.resize(size);
+      for (double& v : values) v = uniform(random);
+    };
+    int64_t rows = T * B;
+    if (uneven) {
+      offsets.push_back(0);
+      for (int64_t s = 0; s < T; ++s) {
+        batch_sizes.push_back(std::max<int64_t>(1, B - s * B / T));
+        offsets.push_back(offsets.back() + batch_sizes.back());
+      }
+      rows = offsets.back();
+    }
+    fill(x, rows * I);
+    fill(h0, B * P);
+    fill(c0, (info.states - 1) * B * H);
+    fill(w_ih, info.gates * H * I);
+    fill(w_hh, info.diagonal ? H : info.gates * H * P);
+    fill(b_ih, info.gates * H);
+    fill(b_hh, info.gates * H);
+    if (p) fill(w_hr, P * H);
+  }
+
+  int64_t rows() const { return static_cast<int64_t>(x.size()) / I; }
+  int64_t planes() const {
+    const CellInfo& info = cell_info(cell);
+    return info.saved + info.states - 1 + (w_hr.empty() ? 0 : 1);
+  }
+  void fill(LayerArgs<double>& args) const {
+    args.seq_len = T, args.batch = B, args.input_size = I, args.hidden_size = H, args.output_size = P, args.rows = rows();
+    args.batch_sizes = batch_sizes.empty() ? nullptr : batch_sizes.data();
+    args.offsets = batch_sizes.empty() ? nullptr : offsets.data();
+    args.reverse = reverse;
+    args.x = {x.data(), B * I, I};
+    args.h0 = h0.data(), args.c0 = c0.data(), args.w_ih = w_ih.data(), args.w_hh = w_hh.data();
+    args.b_ih = b_ih.data(), args.b_hh = b_hh.data(), args.w_hr = w_hr.empty() ? nullptr : w_hr.data();
+  }
+};
+
+struct Outputs {
+  Values y, h_n, c_n, saved;
+};
+
+Outputs forward(const Layer& layer, const Threads& threads) {
+  Outputs out{Values(layer.rows() * layer.P), Values(layer.B * layer.P), Values(layer.c0.size()),
+              Values(layer.rows() * layer.planes() * layer.H)};
+  ForwardArgs<double> args{};
+  layer.fill(args);
+  args.y = out.y.data(), args.h_n = out.h_n.data(), args.c_n = out.c_n.data(), args.saved = out.saved.data();
+  run_forward(layer.cell, args, threads);
+  return out;
+}
+
+double sum(const Values& values) {
+  double total = 0;
+  for (size_t i = 0; i < values.size(); ++i) total += values[i] * std::sin(1.0 + static_cast<double>(i % 17));
+  return total;
+}
+double loss(const Layer& layer) {
+  const Outputs out = forward(layer, {1, nullptr});
+  return sum(out.y) + sum(out.h_n) + sum(out.c_n);
+}
+Values weights_of_sum(size_t size) {
+  Values values(size);
+  for (size_t i = 0; i < size; ++i) values[i] = std::sin(1.0 + static_cast<double>(i % 17));
+  return values;
+}
+
+struct Gradients {
+  Values x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr;
+};
+
+Gradients backward(const Layer& layer, const Outputs& out, const Threads& threads) {
+  Gradients g{Values(layer.x.size()),    Values(layer.h0.size()),   Values(layer.c0.size()),   Values(layer.w_ih.size()),
+              Values(layer.w_hh.size()), Values(layer.b_ih.size()), Values(layer.b_hh.size()), Values(layer.w_hr.size())};
+  const Values dy = weights_of_sum(out.y.size()), dh = weights_of_sum(out.h_n.size()), dc = weights_of_sum(out.c_n.size());
+  BackwardArgs<double> args{};
+  layer.fill(args);
+  args.dy = {dy.data(), layer.B * layer.P, layer.P};
+  args.dh_n = dh.data(), args.dc_n = dc.data(), args.y = out.y.data(), args.saved = out.saved.data();
+  args.dx = g.x.data(), args.dh0 = g.h0.data(), args.dc0 = g.c0.data(), args.dw_ih = g.w_ih.data();
+  args.dw_hh = g.w_hh.data(), args.db_ih = g.b_ih.data(), args.db_hh = g.b_hh.data();
+  args.dw_hr = layer.w_hr.empty() ? nullptr : g.w_hr.data();
+  run_backward(layer.cell, args, threads);
+  return g;
+}
+
+bool near(const Values& a, const Values& b, double tolerance) {
+  for (size_t i = 0; i < a.size(); ++i)
+    if (!(std::fabs(a[i] - b[i]) <= tolerance)) return false;
+  return a.size() == b.size();
+}
+bool same_bits(const Values& a, const Values& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
+}
+
+void check_gradient(Layer layer, Values Layer::*member, const Values& gradient, const std::string& what) {
+  const size_t size = (layer.*member).size();
+  for (size_t i = 0; i < size; i += 1 + size / 5) {
+    const double step = 1e-5, value = (layer.*member)[i];
+    (layer.*member)[i] = value + step;
+    const double above = loss(layer);
+    (layer.*member)[i] = value - step;
+    const double below = loss(layer);
+    (layer.*member)[i] = value;
+    const double expected = (above - below) / (2 * step);
+    check(std::fabs(expected - gradient[i]) <= 1e-6 * (1 + std::fabs(expected)), what + "[" + std::to_string(i) + "]");
+  }
+}
+
+void check_layer(const Layer& layer, const std::string& what) {
+  const Threads one{1, nullptr};
+  force_isa(0);
+  force_kernel(0);
+  const Outputs reference = forward(layer, one);
+  for (int isa = 0; isa < kNumIsas; ++isa) {
+    if (!isa_available(static_cast<Isa>(isa))) continue;
+    for (int kernel = 0; kernel < 2; ++kernel) {
+      force_isa(isa);
+      force_kernel(kernel);
+      const std::string here = what + " " + isa_name(static_cast<Isa>(isa)) + (kernel ? " direct" : " packed");
+      const Outputs out = forward(layer, one);
+      check(last_run().isa == static_cast<Isa>(isa), here + ": the forced ISA ran");
+      check(near(out.y, reference.y, 1e-11) && near(out.h_n, reference.h_n, 1e-11) && near(out.c_n, reference.c_n, 1e-11),
+            here + ": forward");
+      const Gradients g = backward(layer, out, one);
+      for (const auto pool : {thread_per_part, one_thread}) {
+        const Outputs two = forward(layer, {2, pool});
+        check(same_bits(out.y, two.y) && same_bits(out.h_n, two.h_n) && same_bits(out.c_n, two.c_n), here + ": 2 threads, forward");
+        const Gradients g2 = backward(layer, two, {2, pool});
+        check(same_bits(g.x, g2.x) && same_bits(g.h0, g2.h0) && same_bits(g.c0, g2.c0) && same_bits(g.w_ih, g2.w_ih) &&
+                  same_bits(g.w_hh, g2.w_hh) && same_bits(g.b_ih, g2.b_ih) && same_bits(g.b_hh, g2.b_hh) &&
+                  same_bits(g.w_hr, g2.w_hr),
+              here + ": 2 threads, backward");
+      }
+      check_gradient(layer, &Layer::x, g.x, here + " dx");
+      check_gradient(layer, &Layer::h0, g.h0, here + " dh0");
+      check_gradient(layer, &Layer::c0, g.c0, here + " dc0");
+      check_gradient(layer, &Layer::w_ih, g.w_ih, here + " dw_ih");
+      check_gradient(layer, &Layer::w_hh, g.w_hh, here + " dw_hh");
+      check_gradient(layer, &Layer::b_ih, g.b_ih, here + " db_ih");
+      check_gradient(layer, &Layer::b_hh, g.b_hh, here + " db_hh");
+      check_gradient(layer, &Layer::w_hr, g.w_hr, here + " dw_hr");
+    }
+  }
+  force_isa(-1);
+  force_kernel(-1);
+}
+
+// Teams: all members run at once, the barrier orders their writes, and a pool that brings fewer threads is noticed.
+void check_teams() {
+  struct Shared {
+    int slots[4];
+    bool good = true;
+  } shared;
+  const auto work = [](void* context, const Worker& worker) {
+    auto& s = *static_cast<Shared*>(context);
+    for (int round = 0; round < 200; ++round) {
+      s.slots[worker.index] = round;
+      barrier(worker);
+      if (worker.index == 0)
+        for (int i = 0; i < worker.count; ++i) s.good = s.good && s.slots[i] == round;
+      barrier(worker);
+    }
+  };
+  for (int count : {1, 2, 3}) {
+    run_team(count, thread_per_part, work, &shared);
+    check(shared.good, "barrier of " + std::to_string(count));
+  }
+  check(run_team(3, one_thread, work, &shared) == 1, "a pool of one thread makes a team of one");
+}
+
+}  // namespace
+
+int main() {
+  check_teams();
+  for (int cell = 0; cell < kNumCells; ++cell)
+    for (const bool reverse : {false, true})
+      for (const bool uneven : {false, true}) {
+        const std::string what = std::string(cell_info(cell).name) + (reverse ? " reverse" : "") + (uneven ? " uneven" : "");
+        check_layer(Layer(cell, 3, 5, 3, 5, 0, uneven, reverse), what + " small");
+        if (cell_info(cell).states == 2) check_layer(Layer(cell, 3, 4, 3, 7, 3, uneven, reverse), what + " projected");
+      }
+  // Large enough for two threads: by rows of the batch, and by units.
+  check_layer(Layer(0, 4, 26, 40, 50, 0, false, false), "lstm by rows");
+  check_layer(Layer(1, 6, 26, 40, 50, 0, true, true), "gru by rows, uneven");
+  check_layer(Layer(0, 16, 3, 33, 90, 0, false, false), "lstm by units");
+  check_layer(Layer(0, 16, 3, 33, 90, 40, false, true), "lstm projected by units");
+  std::printf("%d passed, %d failed\n", checks - failures, failures);
+  return failures == 0 ? 0 : 1;
+}
