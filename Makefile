@@ -75,8 +75,10 @@ $(VENV)/.dev: $(VENV)/.demo requirements-dev.txt
 
 # compilers and RNNFAST_* variables are read by the build; touch setup.py to build with others
 $(VENV)/.built: $(VENV)/.demo $(BUILD_SOURCES) $(if $(wildcard rnnfast/_C*.so),,always)
-	@echo "building rnnfast"
-	@$(PIP) install -qq --no-build-isolation --no-deps -e .
+	@echo "building rnnfast (about a minute on 2 cores; the log is build/install.log)"
+	@mkdir -p build
+	@$(PIP) install -v --no-build-isolation --no-deps -e . >build/install.log 2>&1 || { cat build/install.log >&2; exit 1; }
+	@sed -n 's/^ *-- \(rnnfast: .*\)/\1/p' build/install.log
 	@touch $@
 
 setup: $(VENV)/.dev $(VENV)/.built

@@ -43,7 +43,7 @@ using scalar_of = typename Lanes<V>::scalar_t;
 
 template <class V>
 RNNFAST_HD V splat(double value) {
-  return V{} + static_cast<scalar_of<V>>(value);
+  return static_cast<scalar_of<V>>(value) - V{};  // x - 0 is x to the compiler, 0 + x is not
 }
 
 template <class To, class From>

@@ -13,6 +13,7 @@ namespace rnnfast::RNNFAST_TARGET {
 namespace {
 
 constexpr int64_t kBackwardChunkRows = 512;  // the depth of a weight-gradient product
+constexpr int64_t kLeftTiles = 8;           // tiles of its left side that are packed together
 
 template <class scalar_t>
 struct BackwardScratch {
@@ -22,8 +23,8 @@ struct BackwardScratch {
   scalar_t* dm;                   // (B, H) gradient of h before the projection
   scalar_t* dh_steps;             // (chunk rows, P) total gradient of the projected h
   scalar_t *x_packed, *h_packed, *m_packed;  // right sides of the weight gradients
-  scalar_t* a_tile;               // (workers, kMaxRows * chunk rows) left side
-  int64_t capacity, gate_row, a_tile_size;
+  scalar_t* a_tiles;              // (workers, kLeftTiles tiles of chunk rows) left side
+  int64_t capacity, gate_row, a_tiles_size;
 };
 
 template <class Cell, class scalar_t>
@@ -33,7 +34,7 @@ BackwardScratch<scalar_t> backward_scratch(const BackwardArgs<scalar_t>& args, c
   const Panels<scalar_t> inputs{args.input_size, 1}, outputs{args.output_size, 1}, units{args.hidden_size, 1};
   BackwardScratch<scalar_t> s{};
   s.capacity = chunk_capacity(args.rows, args.batch, kBackwardChunkRows);
-  s.gate_row = gates + lanes_of<scalar_t>;
+  s.gate_row = gates + kMaxRows + lanes_of<scalar_t>;
   if (kDense && choice.kernel_hh == Kernel::kPacked) s.w_hh = arena.take<scalar_t>(outputs.padded() * gates);
   if (args.w_hr && choice.kernel_hh == Kernel::kPacked) s.w_hr = arena.take<scalar_t>(units.padded() * args.output_size);
   if (args.dx && choice.kernel_ih == Kernel::kPacked) s.w_ih = arena.take<scalar_t>(inputs.padded() * gates);
@@ -43,13 +44,13 @@ BackwardScratch<scalar_t> backward_scratch(const BackwardArgs<scalar_t>& args, c
   s.dgh = Cell::kSplitGates ? arena.take<scalar_t>(s.capacity * s.gate_row) : s.dgx;
   if (args.w_hr) {
     s.dm = arena.take<scalar_t>(args.batch * units.padded());
-    s.dh_steps = arena.take<scalar_t>(s.capacity * args.output_size);
+    s.dh_steps = arena.take<scalar_t>(s.capacity * args.output_size + 2 * kLeftTiles * kMaxRows);
   }
   if (args.dw_ih) s.x_packed = arena.take<scalar_t>(inputs.padded() * s.capacity);
   if (args.dw_hh && kDense) s.h_packed = arena.take<scalar_t>(outputs.padded() * s.capacity);
   if (args.dw_hr) s.m_packed = arena.take<scalar_t>(units.padded() * s.capacity);
-  s.a_tile_size = kMaxRows * s.capacity;
-  s.a_tile = arena.take<scalar_t>(s.a_tile_size * choice.threads);
+  s.a_tiles_size = kLeftTiles * (max_rows(kMaxVectors) * s.capacity + kMaxRows + lanes_of<scalar_t>);
+  s.a_tiles = arena.take<scalar_t>(s.a_tiles_size * choice.threads);
   return s;
 }
 

@@ -35,7 +35,7 @@ struct Operands {
 };
 
 template <class scalar_t, int kRows, int kVectors>
-void tile(const Operands<scalar_t>& o) {
+__attribute__((noinline)) void tile(const Operands<scalar_t>& o) {
   using V = vector_of<scalar_t>;
   constexpr int64_t lanes = lanes_of<scalar_t>;
   const scalar_t* a = o.a;
@@ -54,7 +54,7 @@ RNNFAST_UNROLL
       for (int v = 0; v < kVectors; ++v) b[v] = load(w + v * lanes);
 RNNFAST_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        const V s = V{} + a[r * a_row];
+        const V s = a[r * a_row] - V{};  // x - 0 is x to the compiler, 0 + x is not
 RNNFAST_UNROLL
         for (int v = 0; v < kVectors; ++v) acc[r][v] += s * b[v];
       }
@@ -111,7 +111,7 @@ RNNFAST_HD void for_row_tiles(int64_t rows, int vectors, const Use& use) {
 
 // out[r][0 .. vectors*lanes) = start + a[r] . w for any number of rows.
 template <class scalar_t>
-void multiply(int64_t rows, int vectors, const Operands<scalar_t>& all) {
+__attribute__((noinline)) void multiply(int64_t rows, int vectors, const Operands<scalar_t>& all) {
   for_row_tiles(rows, vectors, [&](int64_t row, int height) {
     Operands<scalar_t> o = all;
     o.a += row * o.a_row;
@@ -123,7 +123,7 @@ void multiply(int64_t rows, int vectors, const Operands<scalar_t>& all) {
 
 // As multiply, writing only the first `columns` of each row and, with `add`, onto what out holds.
 template <class scalar_t>
-void multiply_columns(int64_t rows, int64_t columns, bool add, const Operands<scalar_t>& all) {
+__attribute__((noinline)) void multiply_columns(int64_t rows, int64_t columns, bool add, const Operands<scalar_t>& all) {
   constexpr int64_t lanes = lanes_of<scalar_t>;
   const int vectors = static_cast<int>(divide_up(columns, lanes));
   if (columns == vectors * lanes) {
@@ -151,7 +151,7 @@ void multiply_columns(int64_t rows, int64_t columns, bool add, const Operands<sc
 }
 
 template <class scalar_t, int kRows, int kUnits>
-void dot_tile(int64_t k_size, const scalar_t* a, int64_t a_row, const scalar_t* w, int64_t w_row, const scalar_t* start,
+__attribute__((noinline)) void dot_tile(int64_t k_size, const scalar_t* a, int64_t a_row, const scalar_t* w, int64_t w_row, const scalar_t* start,
               scalar_t* out, int64_t out_row) {
   using V = vector_of<scalar_t>;
   constexpr int64_t lanes = lanes_of<scalar_t>;
@@ -178,7 +178,7 @@ void dot_tile(int64_t k_size, const scalar_t* a, int64_t a_row, const scalar_t* 
 
 // out[r][u] = start[u] + a[r] . w[u] for `units` rows of w, each K long: no packing, made for few rows.
 template <class scalar_t>
-void multiply_direct(int64_t rows, int64_t units, int64_t k_size, const scalar_t* a, int64_t a_row, const scalar_t* w,
+__attribute__((noinline)) void multiply_direct(int64_t rows, int64_t units, int64_t k_size, const scalar_t* a, int64_t a_row, const scalar_t* w,
                      int64_t w_row, const scalar_t* start, scalar_t* out, int64_t out_row) {
   const auto block = [&](auto rows_constant, int64_t r) {
     constexpr int kRows = decltype(rows_constant)::value;

@@ -34,18 +34,24 @@ class GradientPass {
     share_right_sides(chunk, rows);
     barrier(worker_);
     const Range gates = part_of(Cell::kGates * args_.hidden_size, worker_.index, worker_.count);
-    if (args_.dw_ih)
-      weight_product(gates, rows, first, s_.dgx, s_.gate_row, inputs_, s_.x_packed, args_.dw_ih);
-    if constexpr (Cell::kRecurrence == Recurrence::kDense) {
-      if (args_.dw_hh) weight_product(gates, rows, first, s_.dgh, s_.gate_row, outputs_, s_.h_packed, args_.dw_hh);
-    } else if (args_.dw_hh) {
-      diagonal_gradient(gates, chunk, rows, first);
+    const Right x{inputs_, s_.x_packed, args_.dw_ih}, h{outputs_, s_.h_packed, args_.dw_hh};
+    if constexpr (Cell::kRecurrence == Recurrence::kDiagonal) {
+      weight_product(gates, rows, first, s_.dgx, s_.gate_row, {x});
+      if (args_.dw_hh) diagonal_gradient(gates, chunk, rows, first);
+    } else if constexpr (Cell::kSplitGates) {
+      weight_product(gates, rows, first, s_.dgx, s_.gate_row, {x});
+      weight_product(gates, rows, first, s_.dgh, s_.gate_row, {h});
+    } else {
+      weight_product(gates, rows, first, s_.dgx, s_.gate_row, {x, h});
     }
-    if (args_.dw_hr)
-      weight_product(part_of(args_.output_size, worker_.index, worker_.count), rows, first, s_.dh_steps, args_.output_size,
-                     units_, s_.m_packed, args_.dw_hr);
+    weight_product(part_of(args_.output_size, worker_.index, worker_.count), rows, first, s_.dh_steps, args_.output_size,
+                   {Right{units_, s_.m_packed, args_.dw_hr}});
     if (args_.db_ih) sum_rows(gates, rows, first, s_.dgx, args_.db_ih);
-    if (args_.db_hh) sum_rows(gates, rows, first, s_.dgh, args_.db_hh);
+    if (args_.db_hh && (Cell::kSplitGates || !args_.db_ih)) {
+      sum_rows(gates, rows, first, s_.dgh, args_.db_hh);
+    } else if (args_.db_hh) {
+      for (int64_t m = gates.begin; m < gates.end; ++m) args_.db_hh[m] = args_.db_ih[m];  // the same sums
+    }
     if (args_.dx) input_gradient(base, part_of(rows, worker_.index, worker_.count));
   }
 
@@ -92,40 +98,77 @@ class GradientPass {
     }
   }
 
+  // A right side in panels and the gradient that it leads to; null: not asked for.
+  struct Right {
+    const Panels<scalar_t>& panels;
+    const scalar_t* packed;
+    scalar_t* out;
+  };
+
   // out[m] (+)= sum over rows k of left[k][m] * right[k], for the rows m of the result in `range`.
-  void weight_product(Range range, int64_t rows, bool first, const scalar_t* left, int64_t left_row,
-                      const Panels<scalar_t>& panels, const scalar_t* right, scalar_t* out) {
-    scalar_t* a = s_.a_tile + worker_.index * s_.a_tile_size;
-    for_row_tiles(range.size(), kMaxVectors, [&](int64_t at, int height) {
-      const int64_t m = range.begin + at;
-      // The tile's columns of `left`, k by k: contiguous for the micro-kernel.
-      for (int64_t k = 0; k < rows; ++k)
-        for (int i = 0; i < height; ++i) a[k * height + i] = left[k * left_row + m + i];
-      for (int64_t p = 0; p < panels.count(); ++p)
-        multiply_columns(height, panels.valid(p), !first,
-                         Operands<scalar_t>{rows, a, 1, height, right + panels.offset(p) * rows, panels.vectors(p) * kLanes,
-                                            nullptr, 0, out + m * panels.units + panels.first(p), panels.units});
-    });
+  template <int n>
+  void weight_product(Range range, int64_t rows, bool first, const scalar_t* left, int64_t left_row, const Right (&rights)[n]) {
+    bool wanted = false;
+    for (const Right& right : rights) wanted = wanted || right.out;
+    if (!wanted) return;
+    constexpr int64_t kTileRows = max_rows(kMaxVectors);
+    scalar_t* a = s_.a_tiles + worker_.index * s_.a_tiles_size;
+    for (int64_t m = range.begin; m < range.end; m += kLeftTiles * kTileRows) {
+      const int64_t height = smaller(range.end - m, kLeftTiles * kTileRows);
+      pack_left(rows, height, left + m, left_row, a);
+      for (const Right& right : rights) {
+        if (!right.out) continue;
+        for (int64_t i = 0; i < height; i += kTileRows)
+          for (int64_t p = 0; p < right.panels.count(); ++p)
+            multiply_columns(smaller(kTileRows, height - i), right.panels.valid(p), !first,
+                             Operands<scalar_t>{rows, a + tile_offset(i, rows), 1, kTileRows, right.packed + right.panels.offset(p) * rows,
+                                                right.panels.vectors(p) * kLanes, nullptr, 0,
+                                                out_of(right, m + i, p), right.panels.units});
+      }
+    }
   }
 
-  // Adds f(k) for the chunk's rows k, in partial sums of 64, to out (or to nothing, if first).
+  static scalar_t* out_of(const Right& right, int64_t m, int64_t p) {
+    return right.out + m * right.panels.units + right.panels.first(p);
+  }
+
+  // Where the tile of column i starts: behind each tile is room for what its last vector runs over.
+  static int64_t tile_offset(int64_t i, int64_t rows) { return i * rows + i / max_rows(kMaxVectors) * kLanes; }
+
+  // Columns of `left` as tiles of kTileRows, k by k. Several tiles at a time, so that a cache line is fetched once; whole
+  // vectors, so that what runs over a row of the tile is overwritten by the next row.
+  void pack_left(int64_t rows, int64_t height, const scalar_t* left, int64_t left_row, scalar_t* a) {
+    constexpr int64_t kTileRows = max_rows(kMaxVectors);
+    for (int64_t k = 0; k < rows; ++k)
+      for (int64_t i = 0; i < height; i += kTileRows)
+        for (int64_t v = 0; v < kTileRows; v += kLanes)
+          store(a + tile_offset(i, rows) + k * kTileRows + v, load(left + k * left_row + i + v));
+  }
+
+  // Adds the values of the chunk's rows to out (or to nothing, if first): in partial sums of 64 rows, a few vectors side by
+  // side, since a row's neighbours lie in the same cache lines. value(k, m, left) are the `left` columns from m of row k.
   template <class RowValue>
   void sum_columns(Range range, int64_t rows, bool first, const RowValue& value, scalar_t* out) {
-    for (int64_t m = range.begin; m < range.end; m += kLanes) {
-      const int64_t left = range.end - m;
-      V total = first ? V{} : load_part(out + m, left);
+    constexpr int kSide = 4;
+    for (int64_t m = range.begin; m < range.end; m += kSide * kLanes) {
+      const int side = static_cast<int>(smaller(kSide, divide_up(range.end - m, kLanes)));
+      V total[kSide] = {};
       for (int64_t k = 0; k < rows;) {
-        V part{};
-        for (const int64_t end = smaller(rows, k + 64); k < end; ++k) part += value(k, m, left);
-        total += part;
+        V part[kSide] = {};
+        for (const int64_t end = smaller(rows, k + 64); k < end; ++k)
+          for (int v = 0; v < side; ++v) part[v] += value(k, m + v * kLanes, range.end - m - v * kLanes);
+        for (int v = 0; v < side; ++v) total[v] += part[v];
       }
-      store_part(out + m, total, left);
+      for (int v = 0; v < side; ++v) {
+        const int64_t at = m + v * kLanes, left = range.end - at;
+        store_part(out + at, first ? total[v] : load_part(out + at, left) + total[v], left);
+      }
     }
   }
 
   void sum_rows(Range range, int64_t rows, bool first, const scalar_t* from, scalar_t* out) {
-    sum_columns(range, rows, first,
-                [&](int64_t k, int64_t m, int64_t left) { return load_part(from + k * s_.gate_row + m, left); }, out);
+    // Rows are padded to a vector more than they hold, so that whole vectors may be read.
+    sum_columns(range, rows, first, [&](int64_t k, int64_t m, int64_t) { return load(from + k * s_.gate_row + m); }, out);
   }
 
   // du = sum of dgh * h_prev.
@@ -136,7 +179,7 @@ class GradientPass {
                   if (k == 0) cursor.t = chunk.begin;
                   const int64_t b = cursor.step_row(k);
                   const scalar_t* h = loop_.state_before(0, cursor.t, b);
-                  return h ? load_part(s_.dgh + k * s_.gate_row + m, left) * load_part(h + m, left) : V{};
+                  return h ? load(s_.dgh + k * s_.gate_row + m) * load_part(h + m, left) : V{};
                 },
                 args_.dw_hh);
   }

@@ -1,0 +1,158 @@
+"""The command line: ``python -m bench compare | plot | table | list``."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from . import shapes
+
+
+def cores() -> list[int]:
+    """One CPU of every physical core that this process may use."""
+    if not hasattr(os, "sched_getaffinity"):
+        return list(range(os.cpu_count() or 1))
+    chosen: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            key = siblings.read_text()
+        except OSError:
+            key = str(cpu)
+        chosen.setdefault(key, cpu)
+    return list(chosen.values())
+
+
+def pin(threads: int) -> None:
+    """Leaves the process `threads` CPUs.
+
+    Before any peer is imported, since some size their pools by it.
+    """
+    free = cores()
+    if threads > len(free):
+        raise ValueError(
+            f"bench: --threads must be at most {len(free)} (cores here), got {threads}"
+        )
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, free[:threads])
+    os.environ["OMP_NUM_THREADS"] = os.environ["NPROC"] = str(threads)  # NPROC: XLA's pool
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def command_compare(options: argparse.Namespace) -> int:
+    if options.device != "cpu":
+        raise ValueError(f"bench: --device must be cpu in this version, got {options.device}")
+    chosen = shapes.select(options.shapes)
+    threads = options.threads or len(cores())
+    pin(threads)
+    from . import compare, table  # after the pinning
+
+    names = options.peers and [name for word in options.peers for name in word.split(",")]
+    sets = [word for word in options.shapes if word in shapes.SETS]
+    plan = compare.PLANS[sets[0] if len(sets) == 1 else "full"]
+    comparison = compare.Comparison(
+        threads, plan, names, options.engine, options.ours, options.rounds
+    )
+    label = "-".join(sets) or "chosen"
+    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    default = Path("bench/out") / f"cpu-{label}-{today}-{comparison.commit.rstrip('+')}.json"
+    out = options.out or default
+    # the command as typed, without the places of the interpreter and of the output
+    hidden = ("--out", str(options.out), f"--out={options.out}")
+    typed = shlex.join(word for word in sys.argv[1:] if word not in hidden)
+    command = f"python -m bench {typed}"
+    results = compare.compare(comparison, chosen, out, command)
+    print(table.report(results))
+    print(f"\nwritten: {out}")
+    for fault in comparison.wrong:
+        print(f"WRONG: {fault}", file=sys.stderr)
+    return 1 if comparison.wrong else 0
+
+
+def command_plot(options: argparse.Namespace) -> int:
+    from . import plot
+
+    for path in options.files:
+        for picture in plot.draw(path, options.folder or path.parent):
+            print(picture)
+    return 0
+
+
+def command_table(options: argparse.Namespace) -> int:
+    from . import table
+
+    print("\n\n".join(table.report(table.load(path), options.markdown) for path in options.files))
+    return 0
+
+
+def command_list(options: argparse.Namespace) -> int:
+    for shape in shapes.every():
+        sets = " ".join(name for name, members in shapes.SETS.items() if shape in members)
+        print(f"{shape.name:44} {shape.flops() / 1e9:8.3f} GFLOP  {sets}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = main.add_subparsers(required=True, metavar="command")
+
+    run = commands.add_parser("compare", help="measure ours and the peers side by side")
+    run.set_defaults(run=command_compare)
+    run.add_argument(
+        "--shapes",
+        nargs="+",
+        default=["readme"],
+        metavar="NAME",
+        help="sets (smoke, readme, full), names, or patterns such as 'gru-*-H512'",
+    )
+    run.add_argument("--device", default="cpu", help="cpu")
+    run.add_argument("--threads", type=int, help="of everybody; default: the cores here")
+    run.add_argument("--out", type=Path, help="JSON; default: a new file under bench/out/")
+    run.add_argument("--rounds", type=int, help="timed rounds a shape; default: by time")
+    run.add_argument("--peers", nargs="+", metavar="NAME", help="default: all")
+    run.add_argument(
+        "--engine",
+        default="auto",
+        choices=[
+            *("auto", "all", "packed", "direct", "reference"),
+            *("avx512", "avx2", "neon", "portable"),
+        ],
+        help="force an engine of ours; all: both kernels beside the choice of the library",
+    )
+    run.add_argument(
+        "--ours",
+        default="rnnfast",
+        choices=["rnnfast", "torch.nn"],
+        help="torch.nn stands in for us: shows the noise of the machine, ratios must be 1",
+    )
+
+    plot = commands.add_parser("plot", help="draw result files as PNG")
+    plot.set_defaults(run=command_plot)
+    plot.add_argument("files", nargs="+", type=Path)
+    plot.add_argument("--folder", type=Path, help="default: beside the file")
+
+    table = commands.add_parser("table", help="print result files again")
+    table.set_defaults(run=command_table)
+    table.add_argument("files", nargs="+", type=Path)
+    table.add_argument("--markdown", action="store_true")
+
+    listing = commands.add_parser("list", help="name every shape and its sets")
+    listing.set_defaults(run=command_list)
+    return main
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The torch-free core through the development module: maths, micro-kernel, cells, the choice of engine, symbols."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rnnfast import _core  # built with RNNFAST_DEV=1, as `make test` does
+from rnnfast.cells import CELLS
+
+ISAS = _core.isas()
+DTYPES = {np.float32: (_core.math32, _core.product32), np.float64: (_core.math64, _core.product64)}
+
+
+def _reference(function: str, x: np.ndarray) -> np.ndarray:
+    """In extended precision, from the same bits of x."""
+    wide = x.astype(np.longdouble)
+    with np.errstate(over="ignore"):
+        if function == "exp":
+            return np.exp(wide)
+        if function == "tanh":
+            return np.tanh(wide)
+        return 1 / (1 + np.exp(-wide))
+
+
+def _arguments(dtype: type, function: str) -> np.ndarray:
+    limit = {np.float32: 87.0, np.float64: 700.0}[dtype]
+    limit = 20.0 if function == "tanh" else limit
+    random = np.random.default_rng(0)
+    spread = random.uniform(-limit, limit, 40_000)
+    small = random.uniform(-1, 1, 40_000) * np.exp2(random.uniform(-20, 2, 40_000))
+    return np.concatenate([spread, small, [0.0, -0.0, 1.0, -1.0, limit, -limit]]).astype(dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize(("function", "bound"), [("exp", 2), ("sigmoid", 3), ("tanh", 3)])
+def test_ulp(isa: str, dtype: type, function: str, bound: int) -> None:
+    """The bounds that csrc/core/math.h and docs/numerics.md state."""
+    x = _arguments(dtype, function)
+    got = DTYPES[dtype][0](isa, function, x)
+    expected = _reference(function, x)
+    ulp = np.spacing(np.abs(expected).astype(dtype)).astype(np.longdouble)
+    error = np.max(np.abs(got.astype(np.longdouble) - expected) / ulp)
+    assert error <= bound + (1 if isa == "portable" else 0), f"{function} on {isa}: {error:.2f} ulp"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+def test_special_values(isa: str, dtype: type) -> None:
+    x = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30, 0.0], dtype)
+    math = DTYPES[dtype][0]
+    tanh, sigmoid, exp = (math(isa, name, x) for name in ("tanh", "sigmoid", "exp"))
+    assert np.isnan([tanh[0], sigmoid[0], exp[0]]).all()
+    np.testing.assert_array_equal(tanh[1:], np.array([1, -1, 1, -1, 0], dtype))
+    np.testing.assert_allclose(sigmoid[1:], np.array([1, 0, 1, 0, 0.5], dtype), atol=1e-37)
+    assert exp[5] == 1 and np.isfinite(exp[1]) and exp[2] < 1e-37
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "direct"])
+def test_product(isa: str, dtype: type, packed: bool) -> None:
+    """Both micro-kernels, for every height and width of a tile and around their edges."""
+    random = np.random.default_rng(0)
+    product = DTYPES[dtype][1]
+    for rows, units, k in [(r, u, k) for r in range(1, 10) for u in (1, 7, 16, 33, 65) for k in (1, 5, 16, 300)]:
+        a = random.standard_normal((rows, k)).astype(dtype)
+        w = random.standard_normal((units, k)).astype(dtype)
+        expected = a.astype(np.longdouble) @ w.astype(np.longdouble).T
+        scale = np.abs(a).astype(np.longdouble) @ np.abs(w).astype(np.longdouble).T
+        error = np.max(np.abs(product(isa, packed, a, w) - expected) / scale)
+        assert error < 20 * np.finfo(dtype).eps, (rows, units, k)
+
+
+def test_cells_are_those_of_python() -> None:
+    """csrc/cells/list.h and rnnfast/cells.py name the same cells."""
+    ours = [
+        {"id": c.id, "name": c.name, "gates": c.gates, "states": c.states, "saved": c.saved, "diagonal": c.diagonal}
+        for c in sorted(CELLS, key=lambda c: c.id)
+    ]
+    assert _core.cells() == ours
+
+
+@pytest.mark.parametrize("cell", [c["name"] for c in _core.cells()])
+def test_cell_backward(cell: str) -> None:
+    """The gate maths alone, against central differences, in double precision."""
+    info = next(c for c in _core.cells() if c["name"] == cell)
+    random = np.random.default_rng(3)
+    gx, gh = random.standard_normal((2, info["gates"]))
+    state, weight = random.standard_normal((2, info["states"]))
+    got = _core.cell(cell, gx, gh, state, weight)
+
+    def value(gx: np.ndarray, gh: np.ndarray, state: np.ndarray) -> float:
+        return float(np.dot(_core.cell(cell, gx, gh, state, weight)["state"], weight))
+
+    for name, at, gradient in (("gx", 0, got["dgx"]), ("gh", 1, got["dgh"]), ("state", 2, got["dstate"])):
+        for i in range(len(gradient)):
+            point = [gx.copy(), gh.copy(), state.copy()]
+            point[at][i] += 1e-6
+            above = value(*point)
+            point[at][i] -= 2e-6
+            expected = (above - value(*point)) / 2e-6
+            assert gradient[i] == pytest.approx(expected, abs=1e-8), (name, i)
+
+
+LSTM, GRU, INDRNN = 0, 1, 5
+CHOICES = [
+    # cell, T, B, I, H, threads -> threads, split, kernel_ih, kernel_hh
+    ((LSTM, 1, 1, 64, 64, 2), (1, "serial", "direct", "direct")),  # too small to wake anybody
+    ((LSTM, 1, 1, 512, 512, 2), (2, "units", "direct", "direct")),  # packing would cost more than the step
+    ((LSTM, 100, 1, 512, 512, 2), (2, "units", "packed", "packed")),
+    ((LSTM, 50, 32, 256, 256, 2), (2, "batch", "packed", "packed")),  # w_hh fits the private cache
+    ((LSTM, 100, 64, 512, 512, 2), (2, "units", "packed", "packed")),  # it does not
+    ((LSTM, 100, 64, 512, 512, 1), (1, "serial", "packed", "packed")),
+    ((GRU, 1000, 16, 64, 64, 2), (2, "batch", "packed", "packed")),
+    ((INDRNN, 500, 32, 128, 128, 2), (2, "batch", "packed", "none")),
+    ((LSTM, 512, 3, 48, 48, 8), (1, "serial", "packed", "packed")),  # a barrier a step would cost more
+]
+
+
+@pytest.mark.parametrize(("shape", "expected"), CHOICES, ids=[str(shape) for shape, _ in CHOICES])
+def test_choose_engine(shape: tuple[int, ...], expected: tuple[object, ...]) -> None:
+    cell, T, B, I, H, threads = shape
+    got = _core.choose(cell, T, B, I, H, H, T * B, 4, threads)
+    assert (got["threads"], got["split"], got["kernel_ih"], got["kernel_hh"]) == expected
+
+
+def test_no_weak_symbols_in_kernels() -> None:
+    """An ISA's object must keep its code to itself: the linker may hand a weak copy to everybody."""
+    objects = sorted((Path(__file__).parents[1] / "build").glob("dev/CMakeFiles/kernels_*.dir/**/kernels.cpp.o"))
+    assert {"kernels_portable.dir"} <= {path.parents[2].name for path in objects}, "build with RNNFAST_DEV=1 first"
+    for path in objects:
+        lines = subprocess.run(["nm", str(path)], capture_output=True, text=True, check=True).stdout.splitlines()
+        weak = [line for line in lines if line.split()[-2] in "WVuwv"]
+        assert not weak, f"{path.parents[2].name}: {weak[:3]}"
+        exported = [line for line in lines if line.split()[-2] == "T"]
+        assert len(exported) == 1 and "kernel_table" in exported[0]
