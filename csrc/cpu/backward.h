@@ -102,9 +102,7 @@ class BackwardPass {
       barrier_if_shared();
       if (count > 0) undo_projection(row, count);
     }
-    if (count > 0)
-      for (int64_t p = panels_.begin; p < panels_.end; ++p)
-        for (int64_t r = 0; r < count; ++r) cell_row(p, t, rows_.begin + r, row + r);
+    for (int64_t r = 0; r < count; ++r) cell_row(t, rows_.begin + r, row + r);
     if (Cell::kRecurrence == Recurrence::kDense) barrier_if_shared();
     if (Cell::kRecurrence == Recurrence::kDense && carry && count > 0) carry_back(row, count);
   }
@@ -149,13 +147,15 @@ class BackwardPass {
     if (by_units_) barrier(worker_);
   }
 
-  void cell_row(int64_t p, int64_t t, int64_t b, int64_t chunk_row) {
+  // The cell's backward for one row and the own units, in order: what forward kept is read as a few streams.
+  void cell_row(int64_t t, int64_t b, int64_t chunk_row) {
     const int64_t layer_row = first_row(args_, t) + b;
     const scalar_t* dy = args_.dy.data && !args_.w_hr ? step_of(args_, args_.dy, t) + b * args_.dy.row_stride : nullptr;
     const scalar_t* before[Cell::kStates];
     for (int k = 0; k < Cell::kStates; ++k) before[k] = state_before(k, t, b);
-    for (int v = 0; v < units_.vectors(p); ++v) {
-      const int64_t unit = units_.first(p) + v * kLanes, left = args_.hidden_size - unit;
+    const Range units = columns_of(units_, panels_);
+    for (int64_t unit = units.begin; unit < units.end; unit += kLanes) {
+      const int64_t left = args_.hidden_size - unit;
       V kept[at_least_one<Cell::kSaved>], prev[Cell::kStates], next[Cell::kStates], dstate[Cell::kStates];
       V dgx[Cell::kGates], dgh[Cell::kGates];
       for (int k = 0; k < Cell::kSaved; ++k) kept[k] = load_part(saved_plane(layer_row, k) + unit, left);

@@ -204,6 +204,7 @@ class ForwardPass {
     for (int64_t p = panels_.begin; p < panels_.end; ++p) {
       for_row_tiles(count, gates_.vectors(p), [&](int64_t row, int height) {
         const int64_t b = rows_.begin + row;
+        fetch_saved(p, first_row(args_, t) + b, height);
         if constexpr (Cell::kRecurrence == Recurrence::kDense) {
           gate_product(p, height, args_.output_size, h + b * s_.h_row, s_.h_row, s_.w_hh, args_.w_hh, args_.b_hh, s_.b_hh,
                        &gh[0][0], kMaxVectors * kLanes);
@@ -213,6 +214,13 @@ class ForwardPass {
         for (int r = 0; r < height; ++r) cell_row(p, t, b + r, gx + (b + r) * gx_row_ + gates_.offset(p), gh[r], h, h_next);
       });
     }
+  }
+
+  // Asks for the lines that the cell will write behind this product, so that its stores do not wait for memory.
+  void fetch_saved(int64_t p, int64_t row, int height) {
+    if (!args_.saved) return;
+    const scalar_t* line = args_.saved + row * planes_ * args_.hidden_size + gates_.first(p);
+    for (int i = 0; i < height * planes_; ++i) __builtin_prefetch(line + i * args_.hidden_size, 1);
   }
 
   void diagonal_product(int64_t p, int height, const scalar_t* h, scalar_t (&gh)[kMaxRows][kMaxVectors * kLanes]) {
