@@ -1,7 +1,9 @@
-"""Builds the libraries of rnnfast: finds torch, cmake, ninja and a compiler, and lets CMakeLists.txt do the rest.
+"""Builds the libraries of rnnfast: finds torch, cmake, ninja and a compiler; CMake does the rest.
 
-Environment: RNNFAST_CUDA=auto|0|1 (auto: where nvcc is found), RNNFAST_CUDA_ARCHS (default 90a), RNNFAST_DEV=1 (also the
-development module _core, for the tests), RNNFAST_BUILD_DIR (default build/<kind>, kept, so that a rebuild is incremental).
+Environment: RNNFAST_CUDA=auto|0|1 (auto: where nvcc is found), RNNFAST_CUDA_ARCHS (default 90a),
+RNNFAST_DEV=1 (also the development module _core, for the tests), RNNFAST_ISAS (default all; a list
+like avx512 builds those and portable only: a quick loop for development), RNNFAST_BUILD_DIR
+(default build/<kind>, kept, so that a rebuild is incremental).
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ def find_torch() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         stop(
-            "torch is not installed in this environment; install torch >= 2.10 first and build with "
-            "`pip install --no-build-isolation .`"
+            "torch is not installed in this environment; install torch >= 2.10 first and build "
+            "with `pip install --no-build-isolation .`"
         )
     return Path(spec.origin).parent  # type: ignore[union-attr, arg-type]
 
@@ -47,7 +49,10 @@ def find_tool(name: str) -> str:
 def check_compiler() -> None:
     names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     if not any(shutil.which(name) for name in names):
-        stop(f"no C++ compiler was found (looked for {', '.join(names)}); install g++ >= 11 or clang >= 14")
+        stop(
+            f"no C++ compiler was found (looked for {', '.join(names)}); "
+            "install g++ >= 11 or clang >= 14"
+        )
 
 
 class CMakeBuild(build_ext):
@@ -61,23 +66,34 @@ class CMakeBuild(build_ext):
         if cuda not in ("auto", "0", "1"):
             stop(f"RNNFAST_CUDA must be auto, 0 or 1, got {cuda!r}")
         dev = os.environ.get("RNNFAST_DEV", "0") == "1"
-        build = Path(os.environ.get("RNNFAST_BUILD_DIR", ROOT / "build" / ("dev" if dev else "release")))
+        build = Path(
+            os.environ.get("RNNFAST_BUILD_DIR", ROOT / "build" / ("dev" if dev else "release"))
+        )
         build.mkdir(parents=True, exist_ok=True)
         options = [
-            "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DRNNFAST_TORCH={torch}", f"-DRNNFAST_OUT={out}",
-            f"-DRNNFAST_CUDA={cuda}", f"-DRNNFAST_CUDA_ARCHS={os.environ.get('RNNFAST_CUDA_ARCHS', '90a')}",
-            f"-DRNNFAST_DEV={'ON' if dev else 'OFF'}", f"-DPython_EXECUTABLE={sys.executable}",
-        ]  # fmt: skip
+            *("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
+            f"-DRNNFAST_TORCH={torch}",
+            f"-DRNNFAST_OUT={out}",
+            f"-DRNNFAST_ISAS={os.environ.get('RNNFAST_ISAS') or 'all'}",
+            f"-DRNNFAST_CUDA={cuda}",
+            f"-DRNNFAST_CUDA_ARCHS={os.environ.get('RNNFAST_CUDA_ARCHS', '90a')}",
+            f"-DRNNFAST_DEV={'ON' if dev else 'OFF'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]
         if dev:
             pybind11 = importlib.util.find_spec("pybind11")
             if pybind11 is None or pybind11.origin is None:
                 stop("RNNFAST_DEV=1 needs pybind11; install it with `pip install pybind11`")
-            options.append(f"-Dpybind11_DIR={Path(pybind11.origin).parent / 'share' / 'cmake' / 'pybind11'}")  # type: ignore[union-attr, arg-type]
+            folder = Path(pybind11.origin).parent  # type: ignore[union-attr, arg-type]
+            options.append(f"-Dpybind11_DIR={folder / 'share' / 'cmake' / 'pybind11'}")
         try:
             subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *options], check=True)
             subprocess.run([cmake, "--build", str(build)], check=True)
         except subprocess.CalledProcessError as error:
-            stop(f"the build failed in `{' '.join(map(str, error.cmd[:4]))} ...`; the compiler's message is above")
+            stop(
+                f"the build failed in `{' '.join(map(str, error.cmd[:4]))} ...`; "
+                "the compiler's message is above"
+            )
 
     def get_source_files(self) -> list[str]:
         return []
@@ -94,7 +110,7 @@ class StableWheel(bdist_wheel):
 
 
 setup(
-    # Names the library so that setuptools knows the wheel is of one platform; CMake decides what is in it.
+    # Names the library so that setuptools knows the wheel is of one platform; CMake fills it.
     ext_modules=[Extension("rnnfast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": StableWheel},
 )

@@ -19,6 +19,7 @@ if(RNNFAST_CUDA_ON)
   # nvcc itself knows its toolkit; the file on PATH may be a wrapper that lies elsewhere.
   execute_process(COMMAND ${RNNFAST_NVCC} --version OUTPUT_VARIABLE nvcc_text)
   string(REGEX MATCH "release ([0-9.]+)" nvcc_release "${nvcc_text}")
+  set(nvcc_release "${CMAKE_MATCH_1}")  # kept here: the next expression sets CMAKE_MATCH_1 anew
   list(TRANSFORM RNNFAST_CUDA_ARCHS REPLACE "(.+)" "-gencode=arch=compute_\\1,code=sm_\\1" OUTPUT_VARIABLE gencodes)
   add_custom_command(
     OUTPUT ${CMAKE_BINARY_DIR}/cells_on_device.o
@@ -29,6 +30,6 @@ if(RNNFAST_CUDA_ON)
     COMMENT "Compiling the cells for the device (sm_${RNNFAST_CUDA_ARCHS})"
     VERBATIM)
   add_custom_target(rnnfast_cuda ALL DEPENDS ${CMAKE_BINARY_DIR}/cells_on_device.o)
-  message(STATUS "rnnfast: CUDA on (RNNFAST_CUDA=${RNNFAST_CUDA}, nvcc ${CMAKE_MATCH_1}, sm_${RNNFAST_CUDA_ARCHS}): "
+  message(STATUS "rnnfast: CUDA on (RNNFAST_CUDA=${RNNFAST_CUDA}, nvcc ${nvcc_release}, sm_${RNNFAST_CUDA_ARCHS}): "
                  "the cells are compiled for the device; this version has no CUDA engine, so no _C_cuda is installed")
 endif()

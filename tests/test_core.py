@@ -1,4 +1,4 @@
-"""The torch-free core through the development module: maths, micro-kernel, cells, the choice of engine, symbols."""
+"""The torch-free core through the development module: maths, kernels, cells, choices, symbols."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from rnnfast import _core  # built with RNNFAST_DEV=1, as `make test` does
 from rnnfast.cells import CELLS
 
@@ -66,7 +67,9 @@ def test_product(isa: str, dtype: type, packed: bool) -> None:
     """Both micro-kernels, for every height and width of a tile and around their edges."""
     random = np.random.default_rng(0)
     product = DTYPES[dtype][1]
-    for rows, units, k in [(r, u, k) for r in range(1, 10) for u in (1, 7, 16, 33, 65) for k in (1, 5, 16, 300)]:
+    for rows, units, k in [
+        (r, u, k) for r in range(1, 10) for u in (1, 7, 16, 33, 65) for k in (1, 5, 16, 300)
+    ]:
         a = random.standard_normal((rows, k)).astype(dtype)
         w = random.standard_normal((units, k)).astype(dtype)
         expected = a.astype(np.longdouble) @ w.astype(np.longdouble).T
@@ -78,7 +81,14 @@ def test_product(isa: str, dtype: type, packed: bool) -> None:
 def test_cells_are_those_of_python() -> None:
     """csrc/cells/list.h and rnnfast/cells.py name the same cells."""
     ours = [
-        {"id": c.id, "name": c.name, "gates": c.gates, "states": c.states, "saved": c.saved, "diagonal": c.diagonal}
+        {
+            "id": c.id,
+            "name": c.name,
+            "gates": c.gates,
+            "states": c.states,
+            "saved": c.saved,
+            "diagonal": c.diagonal,
+        }
         for c in sorted(CELLS, key=lambda c: c.id)
     ]
     assert _core.cells() == ours
@@ -96,7 +106,11 @@ def test_cell_backward(cell: str) -> None:
     def value(gx: np.ndarray, gh: np.ndarray, state: np.ndarray) -> float:
         return float(np.dot(_core.cell(cell, gx, gh, state, weight)["state"], weight))
 
-    for name, at, gradient in (("gx", 0, got["dgx"]), ("gh", 1, got["dgh"]), ("state", 2, got["dstate"])):
+    for name, at, gradient in (
+        ("gx", 0, got["dgx"]),
+        ("gh", 1, got["dgh"]),
+        ("state", 2, got["dstate"]),
+    ):
         for i in range(len(gradient)):
             point = [gx.copy(), gh.copy(), state.copy()]
             point[at][i] += 1e-6
@@ -110,30 +124,38 @@ LSTM, GRU, INDRNN = 0, 1, 5
 CHOICES = [
     # cell, T, B, I, H, threads -> threads, split, kernel_ih, kernel_hh
     ((LSTM, 1, 1, 64, 64, 2), (1, "serial", "direct", "direct")),  # too small to wake anybody
-    ((LSTM, 1, 1, 512, 512, 2), (2, "units", "direct", "direct")),  # packing would cost more than the step
+    # packing would cost more than the step
+    ((LSTM, 1, 1, 512, 512, 2), (2, "units", "direct", "direct")),
     ((LSTM, 100, 1, 512, 512, 2), (2, "units", "packed", "packed")),
     ((LSTM, 50, 32, 256, 256, 2), (2, "batch", "packed", "packed")),  # w_hh fits the private cache
     ((LSTM, 100, 64, 512, 512, 2), (2, "units", "packed", "packed")),  # it does not
     ((LSTM, 100, 64, 512, 512, 1), (1, "serial", "packed", "packed")),
     ((GRU, 1000, 16, 64, 64, 2), (2, "batch", "packed", "packed")),
     ((INDRNN, 500, 32, 128, 128, 2), (2, "batch", "packed", "none")),
-    ((LSTM, 512, 3, 48, 48, 8), (1, "serial", "packed", "packed")),  # a barrier a step would cost more
+    # a barrier a step would cost more
+    ((LSTM, 512, 3, 48, 48, 8), (1, "serial", "packed", "packed")),
 ]
 
 
 @pytest.mark.parametrize(("shape", "expected"), CHOICES, ids=[str(shape) for shape, _ in CHOICES])
 def test_choose_engine(shape: tuple[int, ...], expected: tuple[object, ...]) -> None:
-    cell, T, B, I, H, threads = shape
+    cell, T, B, I, H, threads = shape  # noqa: E741 (the input size)
     got = _core.choose(cell, T, B, I, H, H, T * B, 4, threads)
     assert (got["threads"], got["split"], got["kernel_ih"], got["kernel_hh"]) == expected
 
 
 def test_no_weak_symbols_in_kernels() -> None:
-    """An ISA's object must keep its code to itself: the linker may hand a weak copy to everybody."""
-    objects = sorted((Path(__file__).parents[1] / "build").glob("dev/CMakeFiles/kernels_*.dir/**/kernels.cpp.o"))
-    assert {"kernels_portable.dir"} <= {path.parents[2].name for path in objects}, "build with RNNFAST_DEV=1 first"
+    """An ISA's object keeps its code to itself: the linker may hand a weak copy to everybody."""
+    objects = sorted(
+        (Path(__file__).parents[1] / "build").glob("dev/CMakeFiles/kernels_*.dir/**/kernels.cpp.o")
+    )
+    assert {"kernels_portable.dir"} <= {path.parents[2].name for path in objects}, (
+        "build with RNNFAST_DEV=1 first"
+    )
     for path in objects:
-        lines = subprocess.run(["nm", str(path)], capture_output=True, text=True, check=True).stdout.splitlines()
+        lines = subprocess.run(
+            ["nm", str(path)], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
         weak = [line for line in lines if line.split()[-2] in "WVuwv"]
         assert not weak, f"{path.parents[2].name}: {weak[:3]}"
         exported = [line for line in lines if line.split()[-2] == "T"]

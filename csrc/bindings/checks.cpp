@@ -27,8 +27,9 @@ std::string numbers_text(const int64_t* sizes, int64_t count) {
   return text + (count == 1 ? ",)" : ")");
 }
 
-// Large results are fresh memory, and a fault every 4 KiB of it costs as much as a kernel (65 MB of saved planes: a quarter of
-// the forward that fills them). Where the system leaves the choice to programs, ask for 2 MiB pages.
+// Large results are fresh memory, and a fault every 4 KiB of it costs as much as a kernel (65 MB of
+// saved planes: a quarter of the forward that fills them). Where the system leaves the choice to
+// programs, ask for 2 MiB pages.
 void prefer_huge_pages([[maybe_unused]] const Tensor& tensor) {
 #ifdef __linux__
   constexpr uintptr_t kPage = 2 << 20;
@@ -51,30 +52,36 @@ std::string shape_text(const Tensor& tensor) {
 
 const CellInfo& checked_cell(int64_t cell) {
   if (cell < 0 || cell >= kNumCells)
-    fail("cell must be an id in [0, " + std::to_string(kNumCells) + "), got " + std::to_string(cell));
+    fail("cell must be an id in [0, " + std::to_string(kNumCells) + "), got " +
+         std::to_string(cell));
   return cell_info(static_cast<int>(cell));
 }
 
 ScalarType checked_dtype(const char* name, const Tensor& tensor) {
-  if (!tensor.is_cpu()) fail(std::string(name) + " must be a CPU tensor: this version has no engine for other devices");
+  if (!tensor.is_cpu())
+    fail(std::string(name) + " must be a CPU tensor: this version has no engine for other devices");
   const ScalarType dtype = tensor.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::Double)
     fail(std::string(name) + " must be float32 or float64, got " + dtype_text(dtype));
   return dtype;
 }
 
-void check_shape(const char* name, const Tensor& tensor, const char* letters, std::initializer_list<int64_t> sizes) {
+void check_shape(const char* name, const Tensor& tensor, const char* letters,
+                 std::initializer_list<int64_t> sizes) {
   bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == sizes.begin()[i];
+  for (size_t i = 0; same && i < sizes.size(); ++i)
+    same = tensor.size(static_cast<int64_t>(i)) == sizes.begin()[i];
   if (!same)
     fail(std::string(name) + " must have shape " + letters + " = " +
-         numbers_text(sizes.begin(), static_cast<int64_t>(sizes.size())) + ", got " + shape_text(tensor));
+         numbers_text(sizes.begin(), static_cast<int64_t>(sizes.size())) + ", got " +
+         shape_text(tensor));
 }
 
 void check_same(const char* name, const Tensor& tensor, ScalarType dtype) {
   if (!tensor.is_cpu()) fail(std::string(name) + " must be on the same device as x (cpu)");
   if (tensor.scalar_type() != dtype)
-    fail(std::string(name) + " must have the dtype of x, " + dtype_text(dtype) + ", got " + dtype_text(tensor.scalar_type()));
+    fail(std::string(name) + " must have the dtype of x, " + dtype_text(dtype) + ", got " +
+         dtype_text(tensor.scalar_type()));
 }
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
@@ -87,8 +94,8 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-      dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(), aoti_torch_device_type_cpu(), 0,
-      &handle));
+      dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
+      aoti_torch_device_type_cpu(), 0, &handle));
   const Tensor tensor(handle);
   prefer_huge_pages(tensor);
   return tensor;
@@ -105,12 +112,18 @@ Tensor unit_stride(const Tensor& tensor) {
 }
 
 CheckedLayer::CheckedLayer(const LayerTensors& t)
-    : dtype(checked_dtype("x", t.x)), cell(checked_cell(t.cell)), projection(t.w_hr.has_value()), x_(t.x), w_ih_(t.w_ih),
-      w_hh_(t.w_hh), reverse_(t.reverse) {
+    : dtype(checked_dtype("x", t.x)),
+      cell(checked_cell(t.cell)),
+      projection(t.w_hr.has_value()),
+      x_(t.x),
+      w_ih_(t.w_ih),
+      w_hh_(t.w_hh),
+      reverse_(t.reverse) {
   packed_rows = t.batch_sizes.has_value();
   const int64_t rank = packed_rows ? 2 : 3;
   if (x_.dim() != rank)
-    fail(std::string("x must have shape ") + (packed_rows ? "(N, I)" : "(T, B, I)") + ", got " + shape_text(x_));
+    fail(std::string("x must have shape ") + (packed_rows ? "(N, I)" : "(T, B, I)") + ", got " +
+         shape_text(x_));
   input_size = x_.size(rank - 1);
   if (packed_rows) {
     check_batch_sizes(t.batch_sizes);
@@ -148,8 +161,8 @@ void CheckedLayer::check_weights() {
   check_same("w_ih", w_ih_, dtype);
   check_same("w_hh", w_hh_, dtype);
   if (w_ih_.dim() != 2 || w_ih_.size(0) % cell.gates != 0 || w_ih_.size(0) == 0)
-    fail("w_ih must have shape (G*H, I) with G = " + std::to_string(cell.gates) + " for " + cell.name + ", got " +
-         shape_text(w_ih_));
+    fail("w_ih must have shape (G*H, I) with G = " + std::to_string(cell.gates) + " for " +
+         cell.name + ", got " + shape_text(w_ih_));
   const int64_t gate_rows = w_ih_.size(0);
   hidden_size = gate_rows / cell.gates;
   output_size = hidden_size;
@@ -174,9 +187,10 @@ void CheckedLayer::check_weights() {
 }
 
 void CheckedLayer::check_batch_sizes(const OptionalTensor& batch_sizes) {
-  if (!batch_sizes->is_cpu() || batch_sizes->scalar_type() != ScalarType::Long || batch_sizes->dim() != 1)
-    fail("batch_sizes must be a one-dimensional int64 CPU tensor of shape (T,), got " + shape_text(*batch_sizes) + " of " +
-         dtype_text(batch_sizes->scalar_type()));
+  if (!batch_sizes->is_cpu() || batch_sizes->scalar_type() != ScalarType::Long ||
+      batch_sizes->dim() != 1)
+    fail("batch_sizes must be a one-dimensional int64 CPU tensor of shape (T,), got " +
+         shape_text(*batch_sizes) + " of " + dtype_text(batch_sizes->scalar_type()));
   seq_len = batch_sizes->size(0);
   const auto* sizes = static_cast<const int64_t*>(batch_sizes->const_data_ptr());
   const int64_t stride = seq_len > 1 ? batch_sizes->stride(0) : 1;
@@ -186,18 +200,22 @@ void CheckedLayer::check_batch_sizes(const OptionalTensor& batch_sizes) {
   for (int64_t t = 0; t < seq_len; ++t) {
     batch_sizes_[t] = sizes[t * stride];
     // The second bound keeps the sum below from overflowing.
-    if (batch_sizes_[t] < 1 || batch_sizes_[t] > (int64_t{1} << 40) || (t > 0 && batch_sizes_[t] > batch_sizes_[t - 1]))
-      fail("batch_sizes must be positive and must not grow, got " + std::to_string(batch_sizes_[t]) + " at step " +
-           std::to_string(t));
+    if (batch_sizes_[t] < 1 || batch_sizes_[t] > (int64_t{1} << 40) ||
+        (t > 0 && batch_sizes_[t] > batch_sizes_[t - 1]))
+      fail("batch_sizes must be positive and must not grow, got " +
+           std::to_string(batch_sizes_[t]) + " at step " + std::to_string(t));
     offsets_[t + 1] = offsets_[t] + batch_sizes_[t];
   }
   rows = x_.size(0);
   batch = seq_len > 0 ? batch_sizes_[0] : 0;
   if (seq_len > 0 && offsets_[seq_len] != rows)
-    fail("x must have as many rows as batch_sizes add up to, got " + std::to_string(rows) + " rows");
+    fail("x must have as many rows as batch_sizes add up to, got " + std::to_string(rows) +
+         " rows");
 }
 
-Tensor torch_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+Tensor torch_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 OptionalTensor CheckedLayer::contiguous(const OptionalTensor& tensor) const {
   if (!tensor) return tensor;

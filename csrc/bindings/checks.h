@@ -1,5 +1,6 @@
-// Reads an operator's tensors into an engine's arguments, or throws a sentence: who, what was expected in letters and numbers,
-// what came. After these checks a kernel may trust every pointer and size.
+// Reads an operator's tensors into an engine's arguments, or throws a
+// sentence: who, what was expected in letters and numbers, what came.
+// After these checks a kernel may trust every pointer and size.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -37,12 +38,14 @@ std::string shape_text(const Tensor& tensor);
 const CellInfo& checked_cell(int64_t cell);
 ScalarType checked_dtype(const char* name, const Tensor& tensor);  // float32 or float64 on the CPU
 // `letters` and `sizes` name the same dimensions: check_shape("w_hr", w_hr, "(P, H)", {p, h}).
-void check_shape(const char* name, const Tensor& tensor, const char* letters, std::initializer_list<int64_t> sizes);
+void check_shape(const char* name, const Tensor& tensor, const char* letters,
+                 std::initializer_list<int64_t> sizes);
 void check_same(const char* name, const Tensor& tensor, ScalarType dtype);  // dtype and device
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype);
 void fill_zero(const Tensor& tensor);
 
-// The checked problem: sizes, tensors made contiguous where the kernel wants them so, and who owns the copies.
+// The checked problem: sizes, tensors made contiguous where
+// the kernel wants them so, and who owns the copies.
 class CheckedLayer {
  public:
   explicit CheckedLayer(const LayerTensors& tensors);

@@ -1,5 +1,6 @@
-// The development module _core: the torch-free core by pybind11, so that tests reach maths, micro-kernel, cells and
-// choose_engine from Python. Built with RNNFAST_DEV=1, never part of a wheel.
+// The development module _core: the torch-free core by pybind11,
+// so that tests reach maths, micro-kernel, cells and choose_engine
+// from Python. Built with RNNFAST_DEV=1, never part of a wheel.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -22,7 +23,8 @@ using Array = py::array_t<scalar_t, py::array::c_style | py::array::forcecast>;
 
 Isa isa_of(const std::string& name) {
   for (int i = 0; i < kNumIsas; ++i)
-    if (name == isa_name(static_cast<Isa>(i)) && isa_available(static_cast<Isa>(i))) return static_cast<Isa>(i);
+    if (name == isa_name(static_cast<Isa>(i)) && isa_available(static_cast<Isa>(i)))
+      return static_cast<Isa>(i);
   throw std::invalid_argument("rnnfast: isa " + name + " is not available here");
 }
 
@@ -34,9 +36,11 @@ std::vector<std::string> isas() {
 }
 
 template <class scalar_t>
-Array<scalar_t> apply_math(const std::string& isa, const std::string& function, const Array<scalar_t>& in) {
-  static const std::map<std::string, MathFunction> functions = {
-      {"exp", MathFunction::kExp}, {"sigmoid", MathFunction::kSigmoid}, {"tanh", MathFunction::kTanh}};
+Array<scalar_t> apply_math(const std::string& isa, const std::string& function,
+                           const Array<scalar_t>& in) {
+  static const std::map<std::string, MathFunction> functions = {{"exp", MathFunction::kExp},
+                                                                {"sigmoid", MathFunction::kSigmoid},
+                                                                {"tanh", MathFunction::kTanh}};
   Array<scalar_t> out(in.size());
   const KernelTable& table = kernels(isa_of(isa));
   if constexpr (sizeof(scalar_t) == 4)
@@ -47,28 +51,34 @@ Array<scalar_t> apply_math(const std::string& isa, const std::string& function, 
 }
 
 template <class scalar_t>
-Array<scalar_t> product(const std::string& isa, bool packed, const Array<scalar_t>& a, const Array<scalar_t>& w) {
+Array<scalar_t> product(const std::string& isa, bool packed, const Array<scalar_t>& a,
+                        const Array<scalar_t>& w) {
   if (a.ndim() != 2 || w.ndim() != 2 || a.shape(1) != w.shape(1))
     throw std::invalid_argument("rnnfast: a must be (rows, K) and w (units, K)");
   Array<scalar_t> out({a.shape(0), w.shape(0)});
   const KernelTable& table = kernels(isa_of(isa));
   const Kernel kernel = packed ? Kernel::kPacked : Kernel::kDirect;
   if constexpr (sizeof(scalar_t) == 4)
-    table.product32(kernel, a.shape(0), w.shape(0), a.shape(1), a.data(), w.data(), out.mutable_data());
+    table.product32(kernel, a.shape(0), w.shape(0), a.shape(1), a.data(), w.data(),
+                    out.mutable_data());
   else
-    table.product64(kernel, a.shape(0), w.shape(0), a.shape(1), a.data(), w.data(), out.mutable_data());
+    table.product64(kernel, a.shape(0), w.shape(0), a.shape(1), a.data(), w.data(),
+                    out.mutable_data());
   return out;
 }
 
 // One unit of a cell in double precision: what the engines run, without an engine.
 template <class Cell>
-py::dict run_cell(const std::vector<double>& gx_in, const std::vector<double>& gh_in, const std::vector<double>& state_in,
-                  const std::vector<double>& dstate_in) {
-  double gx[Cell::kGates], gh[Cell::kGates], prev[Cell::kStates], next[Cell::kStates], dstate[Cell::kStates];
-  double saved[RNNFAST_TARGET::at_least_one<Cell::kSaved>] = {}, dgx[Cell::kGates], dgh[Cell::kGates];
-  if (gx_in.size() != Cell::kGates || gh_in.size() != Cell::kGates || state_in.size() != Cell::kStates ||
-      dstate_in.size() != Cell::kStates)
-    throw std::invalid_argument("rnnfast: gx, gh need one number a gate, state and dstate one a state");
+py::dict run_cell(const std::vector<double>& gx_in, const std::vector<double>& gh_in,
+                  const std::vector<double>& state_in, const std::vector<double>& dstate_in) {
+  double gx[Cell::kGates], gh[Cell::kGates], prev[Cell::kStates], next[Cell::kStates],
+      dstate[Cell::kStates];
+  double saved[RNNFAST_TARGET::at_least_one<Cell::kSaved>] = {}, dgx[Cell::kGates],
+         dgh[Cell::kGates];
+  if (gx_in.size() != Cell::kGates || gh_in.size() != Cell::kGates ||
+      state_in.size() != Cell::kStates || dstate_in.size() != Cell::kStates)
+    throw std::invalid_argument(
+        "rnnfast: gx, gh need one number a gate, state and dstate one a state");
   for (int g = 0; g < Cell::kGates; ++g) gx[g] = gx_in[g], gh[g] = gh_in[g];
   for (int k = 0; k < Cell::kStates; ++k) prev[k] = next[k] = state_in[k], dstate[k] = dstate_in[k];
   Cell::forward(gx, gh, next, saved);
@@ -105,12 +115,13 @@ std::vector<py::dict> cells() {
   return list;
 }
 
-py::dict choose(int cell_id, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t rows, int itemsize, int max_threads,
-                int forced) {
+py::dict choose(int cell_id, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t rows,
+                int itemsize, int max_threads, int forced) {
   if (cell_id < 0 || cell_id >= kNumCells) throw std::invalid_argument("rnnfast: no such cell");
   static const char* const splits[] = {"serial", "batch", "units"};
   static const char* const kernel_names[] = {"packed", "direct", "none"};
-  const Choice choice = choose_engine({cell_id, T, B, I, H, P, rows, itemsize}, max_threads, forced);
+  const Choice choice =
+      choose_engine({cell_id, T, B, I, H, P, rows, itemsize}, max_threads, forced);
   py::dict result;
   result["threads"] = choice.threads;
   result["split"] = splits[static_cast<int>(choice.split)];
@@ -128,16 +139,22 @@ PYBIND11_MODULE(_core, m) {
   m.def("isas", &isas, "Instruction sets that this build has and this processor runs.");
   m.def("math32", &apply_math<float>, py::arg("isa"), py::arg("function"), py::arg("values"));
   m.def("math64", &apply_math<double>, py::arg("isa"), py::arg("function"), py::arg("values"));
-  m.def("product32", &product<float>, py::arg("isa"), py::arg("packed"), py::arg("a"), py::arg("w"));
-  m.def("product64", &product<double>, py::arg("isa"), py::arg("packed"), py::arg("a"), py::arg("w"));
-  m.def("cell", &cell, py::arg("name"), py::arg("gx"), py::arg("gh"), py::arg("state"), py::arg("dstate"));
+  m.def("product32", &product<float>, py::arg("isa"), py::arg("packed"), py::arg("a"),
+        py::arg("w"));
+  m.def("product64", &product<double>, py::arg("isa"), py::arg("packed"), py::arg("a"),
+        py::arg("w"));
+  m.def("cell", &cell, py::arg("name"), py::arg("gx"), py::arg("gh"), py::arg("state"),
+        py::arg("dstate"));
   m.def("cells", &cells, "The list of cells with their numbers.");
-  m.def("choose", &choose, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P"),
-        py::arg("rows"), py::arg("itemsize"), py::arg("max_threads"), py::arg("forced") = -1);
+  m.def("choose", &choose, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
+        py::arg("P"), py::arg("rows"), py::arg("itemsize"), py::arg("max_threads"),
+        py::arg("forced") = -1);
   m.def(
-      "spin_tile", [](const std::string& isa, int64_t repeats) {
+      "spin_tile",
+      [](const std::string& isa, int64_t repeats) {
         py::gil_scoped_release release;
         return kernels(isa_of(isa)).spin_tile(repeats);
       },
-      py::arg("isa"), py::arg("repeats"), "Runs the micro-kernel on data in the first cache; returns the operations done.");
+      py::arg("isa"), py::arg("repeats"),
+      "Runs the micro-kernel on data in the first cache; returns the operations done.");
 }

@@ -1,4 +1,5 @@
-// Operators without tensors: what runs, what would run, and what is forced. `explain` and `use_engine` stand on them.
+// Operators without tensors: what runs, what would run, and what is forced. `explain` and
+// `use_engine` stand on them.
 #include "../cpu/dispatch.h"
 #include "checks.h"
 
@@ -13,20 +14,28 @@ int64_t field_of(int64_t field, Isa isa, int threads, const Choice& choice) {
     case 3: return static_cast<int64_t>(choice.kernel_hh);
     case 4: return static_cast<int64_t>(threads > 1 ? choice.split : Split::kSerial);
   }
-  fail("field must be 0 (isa), 1 (threads), 2 (kernel_ih), 3 (kernel_hh), 4 (split) or 5 (runs), got " + std::to_string(field));
+  fail(
+      "field must be 0 (isa), 1 (threads), 2 (kernel_ih), 3 (kernel_hh), 4 (split) or 5 (runs), "
+      "got " +
+      std::to_string(field));
 }
 
-bool isa_available_op(int64_t isa) { return isa >= 0 && isa < kNumIsas && isa_available(static_cast<Isa>(isa)); }
+bool isa_available_op(int64_t isa) {
+  return isa >= 0 && isa < kNumIsas && isa_available(static_cast<Isa>(isa));
+}
 
 int64_t set_isa(int64_t isa) {
   if (isa != -1 && !isa_available_op(isa))
-    fail("isa " + (isa >= 0 && isa < kNumIsas ? std::string(isa_name(static_cast<Isa>(isa))) : std::to_string(isa)) +
+    fail("isa " +
+         (isa >= 0 && isa < kNumIsas ? std::string(isa_name(static_cast<Isa>(isa)))
+                                     : std::to_string(isa)) +
          " is not available in this build or on this processor");
   return force_isa(static_cast<int>(isa));
 }
 
 int64_t set_kernel(int64_t kernel) {
-  if (kernel < -1 || kernel > 1) fail("kernel must be -1 (automatic), 0 (packed) or 1 (direct), got " + std::to_string(kernel));
+  if (kernel < -1 || kernel > 1)
+    fail("kernel must be -1 (automatic), 0 (packed) or 1 (direct), got " + std::to_string(kernel));
   return force_kernel(static_cast<int>(kernel));
 }
 
@@ -35,14 +44,16 @@ int64_t last_run_op(int64_t field) {
   return field == 5 ? run.runs : field_of(field, run.isa, run.threads, run.choice);
 }
 
-int64_t choose(int64_t field, int64_t cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t itemsize,
-               int64_t threads) {
+int64_t choose(int64_t field, int64_t cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
+               int64_t itemsize, int64_t threads) {
   checked_cell(cell);
   constexpr int64_t kMost = int64_t{1} << 24;  // keeps every product of sizes in range
   for (int64_t size : {T, I, H, P, threads})
-    if (size < 1 || size > kMost) fail("choose needs T, I, H, P and threads in [1, 2^24], got " + std::to_string(size));
+    if (size < 1 || size > kMost)
+      fail("choose needs T, I, H, P and threads in [1, 2^24], got " + std::to_string(size));
   if (B < 0 || B > kMost) fail("choose needs B in [0, 2^24], got " + std::to_string(B));
-  if (itemsize != 4 && itemsize != 8) fail("choose needs itemsize 4 or 8, got " + std::to_string(itemsize));
+  if (itemsize != 4 && itemsize != 8)
+    fail("choose needs itemsize 4 or 8, got " + std::to_string(itemsize));
   const Shape shape{static_cast<int>(cell), T, B, I, H, P, T * B, static_cast<int>(itemsize)};
   const Choice choice = choose_for(shape, static_cast<int>(threads));
   return field_of(field, active_isa(), choice.threads, choice);
@@ -56,7 +67,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def("set_isa(int isa) -> int");
   m.def("set_kernel(int kernel) -> int");
   m.def("last_run(int field) -> int");
-  m.def("choose(int field, int cell, int T, int B, int I, int H, int P, int itemsize, int threads) -> int");
+  m.def(
+      "choose(int field, int cell, int T, int B, int I, int H, int P, int itemsize, int threads) "
+      "-> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {

@@ -1,4 +1,5 @@
-// The operators that run a layer: forward, backward and pack. Allocation, checks and the way into the engine; no maths.
+// The operators that run a layer: forward, backward and pack. Allocation, checks and the way into
+// the engine; no maths.
 #include "../cpu/dispatch.h"
 #include "checks.h"
 
@@ -6,8 +7,10 @@ namespace rnnfast {
 namespace {
 
 Threads torch_threads() {
-  return {static_cast<int>(torch::stable::get_num_threads()), [](int count, void (*run)(long, long, void*), void* context) {
-            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { run(begin, end, context); });
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int count, void (*run)(long, long, void*), void* context) {
+            torch::stable::parallel_for(
+                0, count, 1, [&](int64_t begin, int64_t end) { run(begin, end, context); });
           }};
 }
 
@@ -20,7 +23,8 @@ scalar_t* out(const Tensor& tensor) {
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class scalar_t>
-void run_forward_op(int64_t cell, const CheckedLayer& layer, const OptionalTensor& packed, const ForwardResult& result, bool save) {
+void run_forward_op(int64_t cell, const CheckedLayer& layer, const OptionalTensor& packed,
+                    const ForwardResult& result, bool save) {
   ForwardArgs<scalar_t> args{};
   layer.fill(args);
   if (packed) {
@@ -35,9 +39,10 @@ void run_forward_op(int64_t cell, const CheckedLayer& layer, const OptionalTenso
   run_forward(static_cast<int>(cell), args, torch_threads());
 }
 
-ForwardResult forward(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
-                      OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor batch_sizes, OptionalTensor packed,
-                      int64_t cell, bool reverse, bool save) {
+ForwardResult forward(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh,
+                      OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
+                      OptionalTensor batch_sizes, OptionalTensor packed, int64_t cell, bool reverse,
+                      bool save) {
   const CheckedLayer layer({x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, cell, reverse});
   const ScalarType dtype = layer.dtype;
   if (packed) {
@@ -45,10 +50,12 @@ ForwardResult forward(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_i
     if (!packed->is_contiguous()) fail("packed must be contiguous, as pack returned it");
   }
   const int64_t inner = layer.cell.states - 1;
-  ForwardResult result{layer.packed_rows ? empty({layer.rows, layer.output_size}, dtype)
-                                         : empty({layer.seq_len, layer.batch, layer.output_size}, dtype),
-                       empty({layer.batch, layer.output_size}, dtype), empty({inner, layer.batch, layer.hidden_size}, dtype),
-                       save ? empty({layer.rows, layer.planes(), layer.hidden_size}, dtype) : empty({0}, dtype)};
+  ForwardResult result{
+      layer.packed_rows ? empty({layer.rows, layer.output_size}, dtype)
+                        : empty({layer.seq_len, layer.batch, layer.output_size}, dtype),
+      empty({layer.batch, layer.output_size}, dtype),
+      empty({inner, layer.batch, layer.hidden_size}, dtype),
+      save ? empty({layer.rows, layer.planes(), layer.hidden_size}, dtype) : empty({0}, dtype)};
   if (layer.empty()) return result;
   if (dtype == ScalarType::Float)
     run_forward_op<float>(cell, layer, packed, result, save);
@@ -59,15 +66,25 @@ ForwardResult forward(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_i
 
 // dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr; bit i of `needs` asks for the i-th.
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-enum Needs : int64_t { kDx = 1, kDh0 = 2, kDc0 = 4, kDwIh = 8, kDwHh = 16, kDbIh = 32, kDbHh = 64, kDwHr = 128 };
+enum Needs : int64_t {
+  kDx = 1,
+  kDh0 = 2,
+  kDc0 = 4,
+  kDwIh = 8,
+  kDwHh = 16,
+  kDbIh = 32,
+  kDbHh = 64,
+  kDwHr = 128
+};
 
 struct IncomingGradients {
   OptionalTensor dy, dh_n, dc_n;
 };
 
 template <class scalar_t>
-void run_backward_op(int64_t cell, const CheckedLayer& layer, const IncomingGradients& incoming, const Tensor& y,
-                     const Tensor& saved, int64_t needs, const BackwardResult& result) {
+void run_backward_op(int64_t cell, const CheckedLayer& layer, const IncomingGradients& incoming,
+                     const Tensor& y, const Tensor& saved, int64_t needs,
+                     const BackwardResult& result) {
   BackwardArgs<scalar_t> args{};
   layer.fill(args);
   if (incoming.dy) args.dy = layer.rows_of<scalar_t>(*incoming.dy);
@@ -75,7 +92,9 @@ void run_backward_op(int64_t cell, const CheckedLayer& layer, const IncomingGrad
   if (incoming.dc_n) args.dc_n = static_cast<const scalar_t*>(incoming.dc_n->const_data_ptr());
   args.y = static_cast<const scalar_t*>(y.const_data_ptr());
   args.saved = static_cast<const scalar_t*>(saved.const_data_ptr());
-  const auto wanted = [&](Needs need, const Tensor& tensor) { return needs & need ? out<scalar_t>(tensor) : nullptr; };
+  const auto wanted = [&](Needs need, const Tensor& tensor) {
+    return needs & need ? out<scalar_t>(tensor) : nullptr;
+  };
   args.dx = wanted(kDx, std::get<0>(result));
   args.dh0 = wanted(kDh0, std::get<1>(result));
   args.dc0 = wanted(kDc0, std::get<2>(result));
@@ -87,13 +106,15 @@ void run_backward_op(int64_t cell, const CheckedLayer& layer, const IncomingGrad
   run_backward(static_cast<int>(cell), args, torch_threads());
 }
 
-BackwardResult backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, OptionalTensor h0,
-                        OptionalTensor c0, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
-                        OptionalTensor w_hr, OptionalTensor batch_sizes, Tensor y, Tensor saved, int64_t cell, bool reverse,
-                        int64_t needs) {
+BackwardResult backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,
+                        OptionalTensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh,
+                        OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
+                        OptionalTensor batch_sizes, Tensor y, Tensor saved, int64_t cell,
+                        bool reverse, int64_t needs) {
   const CheckedLayer layer({x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, cell, reverse});
   const ScalarType dtype = layer.dtype;
-  const int64_t T = layer.seq_len, B = layer.batch, I = layer.input_size, H = layer.hidden_size, P = layer.output_size;
+  const int64_t T = layer.seq_len, B = layer.batch, I = layer.input_size, H = layer.hidden_size,
+                P = layer.output_size;
   const int64_t inner = layer.cell.states - 1, N = layer.rows, gates = layer.cell.gates * H;
 
   const auto check_rows = [&](const char* name, const Tensor& tensor) {
@@ -121,7 +142,8 @@ BackwardResult backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor d
   check_rows("y", y);
   check_same("saved", saved, dtype);
   check_shape("saved", saved, "(N, planes, H)", {N, layer.planes(), H});
-  if (needs < 0 || needs > 255) fail("needs must be a mask of 8 bits, got " + std::to_string(needs));
+  if (needs < 0 || needs > 255)
+    fail("needs must be a mask of 8 bits, got " + std::to_string(needs));
   if ((needs & kDbIh && !b_ih) || (needs & kDbHh && !b_hh) || (needs & kDwHr && !w_hr))
     fail("needs asks for the gradient of an argument that is None");
   const Tensor y_rows = torch_contiguous(y), saved_rows = torch_contiguous(saved);
@@ -152,7 +174,8 @@ BackwardResult backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor d
 
 // Weights as the active ISA's micro-kernel wants them, for forward's `packed`.
 template <class scalar_t>
-Tensor pack_op(int64_t cell, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& w_hr, ScalarType dtype) {
+Tensor pack_op(int64_t cell, const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& w_hr,
+               ScalarType dtype) {
   LayerArgs<scalar_t> args{};
   args.input_size = w_ih.size(1);
   args.hidden_size = w_ih.size(0) / checked_cell(cell).gates;
@@ -174,8 +197,10 @@ Tensor pack(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, int64_t cell) {
   const CheckedLayer layer({x, none, none, w_ih, w_hh, none, none, w_hr, none, cell, false});
   OptionalTensor projection;
   if (w_hr) projection.emplace(torch_contiguous(*w_hr));
-  return dtype == ScalarType::Float ? pack_op<float>(cell, torch_contiguous(w_ih), torch_contiguous(w_hh), projection, dtype)
-                                    : pack_op<double>(cell, torch_contiguous(w_ih), torch_contiguous(w_hh), projection, dtype);
+  return dtype == ScalarType::Float ? pack_op<float>(cell, torch_contiguous(w_ih),
+                                                     torch_contiguous(w_hh), projection, dtype)
+                                    : pack_op<double>(cell, torch_contiguous(w_ih),
+                                                      torch_contiguous(w_hh), projection, dtype);
 }
 
 }  // namespace
@@ -183,11 +208,15 @@ Tensor pack(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, int64_t cell) {
 
 STABLE_TORCH_LIBRARY(rnnfast, m) {
   m.def(
-      "forward(Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
-      "Tensor? batch_sizes, Tensor? packed, int cell, bool reverse, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+      "forward(Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? "
+      "b_hh, Tensor? w_hr, "
+      "Tensor? batch_sizes, Tensor? packed, int cell, bool reverse, bool save) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def(
-      "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, "
-      "Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, Tensor y, Tensor saved, int cell, bool reverse, "
+      "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor "
+      "w_ih, Tensor w_hh, "
+      "Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, Tensor y, Tensor saved, int "
+      "cell, bool reverse, "
       "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("pack(Tensor w_ih, Tensor w_hh, Tensor? w_hr, int cell) -> Tensor");
 }

@@ -3,15 +3,17 @@
 // A cell is a struct with
 //   kGates       number of gates G; weights stack them in PyTorch's order
 //   kStates      number of states S carried from step to step; state 0 is h
-//   kSaved       planes that backward needs besides the states (the engine keeps states 1.. itself; h is y)
+//   kSaved       planes that backward needs besides the states (the engine keeps those; h is y)
 //   kRecurrence  how gh comes from h: kDense (w_hh . h) or kDiagonal (u * h)
 //   kSplitGates  whether dgh differs from dgx (false lets the engine keep one buffer)
 //   forward(gx, gh, state, saved)
 //       gx, gh: pre-activations of the input and of the hidden side, biases included; V[kGates]
 //       state:  in h_{t-1}, c_{t-1} ..., out h_t, c_t ...
 //   backward(saved, prev, next, dstate, dgx, dgh)
-//       dstate: in dL/d(h_t, c_t ...), out dL/d(h_{t-1}, c_{t-1} ...) without the way through gh, which the engine adds
-// over a number type V (float, double or a SIMD vector of them): values in registers, no index, pointer, thread or size.
+//       dstate: in dL/d(h_t, c_t ...), out dL/d(h_{t-1}, c_{t-1} ...) without the way through gh,
+//               which the engine adds
+// over a number type V (float, double or a SIMD vector of them): values in registers, no index,
+// pointer, thread or size.
 #pragma once
 
 #include "../core/math.h"
@@ -29,7 +31,8 @@ constexpr bool is_cell() {
   static_assert(Cell::kGates >= 1 && Cell::kGates <= 4, "a cell has 1 to 4 gates");
   static_assert(Cell::kStates >= 1, "state 0 is h");
   static_assert(Cell::kSaved >= 0, "kSaved counts planes");
-  static_assert(Cell::kRecurrence == Recurrence::kDense || Cell::kGates == 1, "a diagonal recurrence has one gate");
+  static_assert(Cell::kRecurrence == Recurrence::kDense || Cell::kGates == 1,
+                "a diagonal recurrence has one gate");
   return true;
 }
 

@@ -1,4 +1,4 @@
-// GRU with the reset gate after the product (cuDNN's variant), as torch.nn.GRU; after Cho et al. 2014.
+// GRU with the reset gate after the product (cuDNN's variant), as torch.nn.GRU; Cho et al. 2014.
 //   r, z = sigmoid(gx + gh);  n = tanh(gx_n + r*gh_n);  h' = (1 - z)*n + z*h
 #pragma once
 
@@ -27,8 +27,8 @@ struct GruCell {
   }
 
   template <class V>
-  RNNFAST_HD static void backward(const V (&saved)[4], const V (&prev)[1], const V (&)[1], V (&dstate)[1], V (&dgx)[3],
-                                  V (&dgh)[3]) {
+  RNNFAST_HD static void backward(const V (&saved)[4], const V (&prev)[1], const V (&)[1],
+                                  V (&dstate)[1], V (&dgx)[3], V (&dgh)[3]) {
     const V one = splat<V>(1.0);
     const V r = saved[0], z = saved[1], n = saved[2], gh_n = saved[3];
     const V dh = dstate[0];

@@ -1,4 +1,5 @@
-// IndRNN (Li et al. 2018, arXiv:1803.04831): the simple cell with a diagonal recurrence, gh = u*h + b_hh.
+// IndRNN (Li et al. 2018, arXiv:1803.04831): the simple cell with a diagonal recurrence,
+// gh = u*h + b_hh.
 #pragma once
 
 #include "rnn.h"

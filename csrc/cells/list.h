@@ -1,5 +1,6 @@
-// THE list of cells: RNNFAST_CELLS(use) calls use(id, name, Type). The id is the `cell` argument of the operators and must
-// never change its meaning; rnnfast/cells.py names the same ids (held together by tests/test_core.py).
+// THE list of cells: RNNFAST_CELLS(use) calls use(id, name, Type). The id is the `cell` argument of
+// the operators and must never change its meaning; rnnfast/cells.py names the same ids (held
+// together by tests/test_core.py).
 #pragma once
 
 #include "gru.h"
@@ -7,10 +8,12 @@
 #include "lstm.h"
 #include "rnn.h"
 
-#define RNNFAST_CELLS(use)          \
-  use(0, lstm, LstmCell)            \
-  use(1, gru, GruCell)              \
-  use(2, rnn_tanh, RnnTanhCell)     \
-  use(3, rnn_relu, RnnReluCell)     \
+// clang-format off
+#define RNNFAST_CELLS(use)            \
+  use(0, lstm, LstmCell)              \
+  use(1, gru, GruCell)                \
+  use(2, rnn_tanh, RnnTanhCell)       \
+  use(3, rnn_relu, RnnReluCell)       \
   use(4, indrnn_tanh, IndRnnTanhCell) \
   use(5, indrnn_relu, IndRnnReluCell)
+// clang-format on

@@ -29,8 +29,8 @@ struct LstmCell {
   }
 
   template <class V>
-  RNNFAST_HD static void backward(const V (&saved)[4], const V (&prev)[2], const V (&next)[2], V (&dstate)[2], V (&dgx)[4],
-                                  V (&dgh)[4]) {
+  RNNFAST_HD static void backward(const V (&saved)[4], const V (&prev)[2], const V (&next)[2],
+                                  V (&dstate)[2], V (&dgx)[4], V (&dgh)[4]) {
     const V one = splat<V>(1.0);
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V tanh_c = tanh(next[1]);

@@ -43,8 +43,8 @@ struct RnnCell {
   }
 
   template <class V>
-  RNNFAST_HD static void backward(const V (&)[1], const V (&)[1], const V (&next)[1], V (&dstate)[1], V (&dgx)[1],
-                                  V (&dgh)[1]) {
+  RNNFAST_HD static void backward(const V (&)[1], const V (&)[1], const V (&next)[1],
+                                  V (&dstate)[1], V (&dgx)[1], V (&dgh)[1]) {
     dgx[0] = dstate[0] * Activation::slope(next[0]);
     dgh[0] = dgx[0];
     dstate[0] = V{};

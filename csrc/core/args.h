@@ -1,8 +1,9 @@
-// What the bindings hand to an engine: raw pointers, strides in elements, and sizes. No torch, no ownership.
+// What the bindings hand to an engine: raw pointers,
+// strides in elements, and sizes. No torch, no ownership.
 //
-// One call is one direction of one layer. Sizes: seq_len T, batch B, input_size I, hidden_size H, output_size P (the
-// projection's size, else H). Rows: step t has active(t) rows, and row b of step t is row first_row(t) + b of every
-// tensor of N rows; without batch_sizes that is t*B + b.
+// One call is one direction of one layer. Sizes: seq_len T, batch B, input_size I, hidden_size H,
+// output_size P (the projection's size, else H). Rows: step t has active(t) rows, and row b of step
+// t is row first_row(t) + b of every tensor of N rows; without batch_sizes that is t*B + b.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,8 @@ namespace rnnfast {
 enum class Dtype : int { kFloat32 = 0, kFloat64 = 1 };
 constexpr int kNumDtypes = 2;
 
-// A tensor of rows that may be a view: (T, B, features) by two strides, or packed rows (N, features) by one.
+// A tensor of rows that may be a view: (T, B, features) by two strides, or packed rows (N,
+// features) by one.
 template <class scalar_t>
 struct Rows {
   scalar_t* data = nullptr;
@@ -29,7 +31,8 @@ struct LayerArgs {
   bool reverse;
   Rows<const scalar_t> x;
   const scalar_t *h0, *c0;  // (B, P), (S-1, B, H); null: zeros
-  const scalar_t *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;  // PyTorch's layouts; biases and w_hr may be null
+  // PyTorch's layouts; biases and w_hr may be null.
+  const scalar_t *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
 };
 
 template <class scalar_t>
@@ -37,15 +40,16 @@ struct ForwardArgs : LayerArgs<scalar_t> {
   const scalar_t* packed;  // weights from pack(), or null
   scalar_t* y;             // (N, P)
   scalar_t *h_n, *c_n;     // (B, P), (S-1, B, H)
-  scalar_t* saved;         // (N, planes, H) or null: K gate planes, S-1 states, then (with w_hr) h before the projection
+  // (N, planes, H) or null: K gate planes, S-1 states, then (with w_hr) h before the projection.
+  scalar_t* saved;
 };
 
 template <class scalar_t>
 struct BackwardArgs : LayerArgs<scalar_t> {
-  Rows<const scalar_t> dy;        // data may be null: no gradient came
-  const scalar_t *dh_n, *dc_n;    // null likewise
-  const scalar_t *y, *saved;      // as forward left them
-  scalar_t *dx, *dh0, *dc0;       // (N, I), (B, P), (S-1, B, H); null: not asked for
+  Rows<const scalar_t> dy;      // data may be null: no gradient came
+  const scalar_t *dh_n, *dc_n;  // null likewise
+  const scalar_t *y, *saved;    // as forward left them
+  scalar_t *dx, *dh0, *dc0;     // (N, I), (B, P), (S-1, B, H); null: not asked for
   scalar_t *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;  // weights' shapes; null: not asked for
 };
 

@@ -7,7 +7,11 @@ namespace {
 
 template <class Cell>
 constexpr CellInfo info(const char* name) {
-  return {name,          Cell::kGates, Cell::kStates, Cell::kSaved, Cell::kRecurrence == RNNFAST_TARGET::Recurrence::kDiagonal,
+  return {name,
+          Cell::kGates,
+          Cell::kStates,
+          Cell::kSaved,
+          Cell::kRecurrence == RNNFAST_TARGET::Recurrence::kDiagonal,
           Cell::kSplitGates};
 }
 

@@ -7,14 +7,18 @@
 namespace rnnfast {
 namespace {
 
-// Below this many operations in a call, waking a second thread costs more than it saves (a wake-up is 5 to 20 us).
+// Below this many operations in a call, waking a second thread costs more than it saves (a wake-up
+// is 5 to 20 us).
 constexpr double kParallelFlops = 4e6;
-// A step split by units ends in a barrier of about 0.2 us, worth it from this many operations a step and thread.
+// A step split by units ends in a barrier of about 0.2 us, worth it from this many operations a
+// step and thread.
 constexpr double kUnitFlopsPerStep = 6e4;
-// Each thread of a batch split reads all of w_hh every step, which is free while that fits its private cache.
+// Each thread of a batch split reads all of w_hh every
+// step, which is free while that fits its private cache.
 constexpr int64_t kPrivateCacheBytes = 1 << 20;
 constexpr int64_t kRowsPerTile = 6;
-// Packing reads and writes the weights once, about as long as this many tiles of rows take to pass through them.
+// Packing reads and writes the weights once, about as long
+// as this many tiles of rows take to pass through them.
 constexpr int64_t kPackingTiles = 8;
 
 Kernel choose_kernel(int64_t passes, int forced) {
@@ -34,7 +38,8 @@ Choice choose_engine(const Shape& s, int max_threads, int forced_kernel) {
 
   Choice choice;
   choice.kernel_ih = choose_kernel(tiles(s.rows), forced_kernel);
-  choice.kernel_hh = cell.diagonal ? Kernel::kNone : choose_kernel(s.seq_len * tiles(mean_rows), forced_kernel);
+  choice.kernel_hh =
+      cell.diagonal ? Kernel::kNone : choose_kernel(s.seq_len * tiles(mean_rows), forced_kernel);
   choice.threads = 1;
   choice.split = Split::kSerial;
   if (max_threads < 2 || flops_per_row * s.rows < kParallelFlops) return choice;
@@ -49,7 +54,8 @@ Choice choose_engine(const Shape& s, int max_threads, int forced_kernel) {
   } else {
     const double step_flops = 2.0 * cell.gates * s.hidden_size * recurrent * mean_rows;
     const int64_t worth = static_cast<int64_t>(step_flops / kUnitFlopsPerStep);
-    const int64_t by_units = std::min<int64_t>({max_threads, units, s.seq_len == 1 ? max_threads : worth});
+    const int64_t by_units =
+        std::min<int64_t>({max_threads, units, s.seq_len == 1 ? max_threads : worth});
     choice.split = Split::kUnits;
     choice.threads = static_cast<int>(by_units);
     if (by_units < max_threads && rows_suffice) {

@@ -1,4 +1,5 @@
-// Which engine, split and kernel a shape gets: a pure function of printable numbers, so that it can be tested and explained.
+// Which engine, split and kernel a shape gets: a pure function of printable numbers, so that it can
+// be tested and explained.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +9,12 @@ namespace rnnfast {
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
 constexpr int kNumIsas = 4;
 
-// How the threads divide a layer: nobody, rows of the batch (no synchronisation in the loop), or hidden units (a barrier a step).
+// How the threads divide a layer: nobody, rows of the batch (no synchronisation in the loop), or
+// hidden units (a barrier a step).
 enum class Split : int { kSerial = 0, kBatch = 1, kUnits = 2 };
 
-// Where a product takes its weights: from panels packed for the micro-kernel, or directly from PyTorch's layout.
+// Where a product takes its weights: from panels packed for
+// the micro-kernel, or directly from PyTorch's layout.
 enum class Kernel : int { kPacked = 0, kDirect = 1, kNone = 2 };
 
 struct Shape {

@@ -1,9 +1,9 @@
 // exp, sigmoid and tanh for float and double, as scalars, SIMD vectors and on the device.
 //
-// One text for all three: V is float, double or a GCC/Clang vector of them. Error bounds, against a correctly rounded
-// result and held by tests/test_core.py on every ISA: exp 2 ulp, sigmoid 3 ulp, tanh 3 ulp (without FMA: 4).
-// NaN stays NaN. Range: exp saturates outside about [-87, 88] (float) and [-708, 709] (double), so that sigmoid never
-// leaves [0, 1] and never divides inf by inf.
+// One text for all three: V is float, double or a GCC/Clang vector of them. Error bounds, against a
+// correctly rounded result and held by tests/test_core.py on every ISA: exp 2 ulp, sigmoid 3 ulp,
+// tanh 3 ulp (without FMA: 4). NaN stays NaN. Range: exp saturates outside about [-87, 88] (float)
+// and [-708, 709] (double), so that sigmoid never leaves [0, 1] and never divides inf by inf.
 #pragma once
 
 #include "target.h"
@@ -11,7 +11,8 @@
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
 
-// What the maths needs to know of a number type: its element, the integer of the same width, and the constants.
+// What the maths needs to know of a number type: its
+// element, the integer of the same width, and the constants.
 template <class V>
 struct Lanes;
 
@@ -54,8 +55,9 @@ RNNFAST_HD To bit_cast(From from) {
   return to;
 }
 
-// x = n*ln2 + r with |r| <= ln2/2; returns 2^n and, in `p`, exp(r) - 1.
-// NOTE: written so that a NaN in x reaches p: the rounding trick may give any n, but r = x - n*ln2 stays NaN.
+// x = n*ln2 + r with |r| <= ln2/2; returns 2^n and, in `p`,
+// exp(r) - 1. NOTE: written so that a NaN in x reaches p: the
+// rounding trick may give any n, but r = x - n*ln2 stays NaN.
 template <class V>
 RNNFAST_HD V reduce_exp(V x, V& p) {
   using L = Lanes<V>;
@@ -65,8 +67,9 @@ RNNFAST_HD V reduce_exp(V x, V& p) {
   const V n = shifted - shift;
   const V r = (x - n * splat<V>(L::kLn2Hi)) - n * splat<V>(L::kLn2Lo);
   // Taylor: the remainder term r^(kTerms+1)/(kTerms+1)! is below half an ulp of r on this interval.
-  constexpr double kFactorial[] = {1., 1., 2., 6., 24., 120., 720., 5040., 40320., 362880., 3628800., 39916800., 479001600.,
-                                   6227020800.};
+  constexpr double kFactorial[] = {1.,       1.,        2.,         6.,         24.,
+                                   120.,     720.,      5040.,      40320.,     362880.,
+                                   3628800., 39916800., 479001600., 6227020800.};
   V q = splat<V>(1.0 / kFactorial[L::kTerms]);
   RNNFAST_UNROLL
   for (int i = L::kTerms - 1; i >= 2; --i) q = q * r + splat<V>(1.0 / kFactorial[i]);

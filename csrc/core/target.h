@@ -1,8 +1,9 @@
 // Names the namespace in which a translation unit keeps its own copy of the templates.
 //
-// The CPU kernels are compiled once an instruction set. If two such copies of one inline function had the same name, the
-// linker could keep the AVX-512 one for everybody, so every header that holds code for kernels opens
-// `namespace rnnfast::RNNFAST_TARGET { namespace {`: the names differ and no symbol is weak (tests/test_symbols.py).
+// The CPU kernels are compiled once an instruction set. If two such copies of one inline function
+// had the same name, the linker could keep the AVX-512 one for everybody, so every header that
+// holds code for kernels opens `namespace rnnfast::RNNFAST_TARGET { namespace {`: the names differ
+// and no symbol is weak (tests/test_symbols.py).
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,12 @@
-// Backward of one direction of one layer on the CPU: the time loop. Gradients: dgx, dgh = dL/d(pre-activations), (N, G*H) in
-// PyTorch's gate order; dh, dc = what flows from step to step. Weight and input gradients: gradients.h, a chunk at a time, so
-// that dgx and dgh never leave the cache.
+// Backward of one direction of one layer on the CPU: the time loop.
+// Gradients: dgx, dgh = dL/d(pre-activations), (N, G*H) in PyTorch's gate
+// order; dh, dc = what flows from step to step. Weight and input gradients:
+// gradients.h, a chunk at a time, so that dgx and dgh never leave the cache.
 //
-// A step, for own rows and units: the cell's backward from the carried dh + dy; then, once all of dgh is there (a barrier when
-// units are divided), dh of the step before = dgh . w_hh. With a projection two products stand in for one:
-// dm = dh . w_hr before the cell, dh = dgh . w_hh after it.
+// A step, for own rows and units: the cell's backward from the carried dh + dy; then, once all of
+// dgh is there (a barrier when units are divided), dh of the step before = dgh . w_hh. With a
+// projection two products stand in for one: dm = dh . w_hr before the cell, and dh = dgh . w_hh
+// after the cell.
 #pragma once
 
 #include "share.h"
@@ -13,33 +15,39 @@ namespace rnnfast::RNNFAST_TARGET {
 namespace {
 
 constexpr int64_t kBackwardChunkRows = 512;  // the depth of a weight-gradient product
-constexpr int64_t kLeftTiles = 8;           // tiles of its left side that are packed together
+constexpr int64_t kLeftTiles = 8;            // tiles of its left side that are packed together
 
 template <class scalar_t>
 struct BackwardScratch {
-  scalar_t *w_hh, *w_hr, *w_ih;   // packed by rows, or null where the product reads PyTorch's layout
-  scalar_t *dh, *dc;              // carried: (B, P), (S-1, B, H)
-  scalar_t *dgx, *dgh;            // (chunk rows, gate_row); the same memory where a cell does not split its gates
-  scalar_t* dm;                   // (B, H) gradient of h before the projection
-  scalar_t* dh_steps;             // (chunk rows, P) total gradient of the projected h
+  scalar_t *w_hh, *w_hr, *w_ih;  // packed by rows; null: read in PyTorch's layout
+  scalar_t *dh, *dc;             // carried: (B, P), (S-1, B, H)
+  scalar_t *dgx, *dgh;           // (chunk rows, gate_row); one buffer unless kSplitGates
+  scalar_t* dm;                  // (B, H) gradient of h before the projection
+  scalar_t* dh_steps;            // (chunk rows, P) total gradient of the projected h
   scalar_t *x_packed, *h_packed, *m_packed;  // right sides of the weight gradients
-  scalar_t* a_tiles;              // (workers, kLeftTiles tiles of chunk rows) left side
+  scalar_t* a_tiles;                         // (workers, kLeftTiles tiles of chunk rows) left side
   int64_t capacity, gate_row, a_tiles_size;
 };
 
 template <class Cell, class scalar_t>
-BackwardScratch<scalar_t> backward_scratch(const BackwardArgs<scalar_t>& args, const Choice& choice, Arena& arena) {
+BackwardScratch<scalar_t> backward_scratch(const BackwardArgs<scalar_t>& args, const Choice& choice,
+                                           Arena& arena) {
   constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
   const int64_t gates = Cell::kGates * args.hidden_size;
-  const Panels<scalar_t> inputs{args.input_size, 1}, outputs{args.output_size, 1}, units{args.hidden_size, 1};
+  const Panels<scalar_t> inputs{args.input_size, 1}, outputs{args.output_size, 1},
+      units{args.hidden_size, 1};
   BackwardScratch<scalar_t> s{};
   s.capacity = chunk_capacity(args.rows, args.batch, kBackwardChunkRows);
   s.gate_row = gates + kMaxRows + lanes_of<scalar_t>;
-  if (kDense && choice.kernel_hh == Kernel::kPacked) s.w_hh = arena.take<scalar_t>(outputs.padded() * gates);
-  if (args.w_hr && choice.kernel_hh == Kernel::kPacked) s.w_hr = arena.take<scalar_t>(units.padded() * args.output_size);
-  if (args.dx && choice.kernel_ih == Kernel::kPacked) s.w_ih = arena.take<scalar_t>(inputs.padded() * gates);
+  if (kDense && choice.kernel_hh == Kernel::kPacked)
+    s.w_hh = arena.take<scalar_t>(outputs.padded() * gates);
+  if (args.w_hr && choice.kernel_hh == Kernel::kPacked)
+    s.w_hr = arena.take<scalar_t>(units.padded() * args.output_size);
+  if (args.dx && choice.kernel_ih == Kernel::kPacked)
+    s.w_ih = arena.take<scalar_t>(inputs.padded() * gates);
   s.dh = arena.take<scalar_t>(args.batch * args.output_size);
-  if (Cell::kStates > 1) s.dc = arena.take<scalar_t>((Cell::kStates - 1) * args.batch * args.hidden_size);
+  if (Cell::kStates > 1)
+    s.dc = arena.take<scalar_t>((Cell::kStates - 1) * args.batch * args.hidden_size);
   s.dgx = arena.take<scalar_t>(s.capacity * s.gate_row);
   s.dgh = Cell::kSplitGates ? arena.take<scalar_t>(s.capacity * s.gate_row) : s.dgx;
   if (args.w_hr) {
@@ -49,7 +57,8 @@ BackwardScratch<scalar_t> backward_scratch(const BackwardArgs<scalar_t>& args, c
   if (args.dw_ih) s.x_packed = arena.take<scalar_t>(inputs.padded() * s.capacity);
   if (args.dw_hh && kDense) s.h_packed = arena.take<scalar_t>(outputs.padded() * s.capacity);
   if (args.dw_hr) s.m_packed = arena.take<scalar_t>(units.padded() * s.capacity);
-  s.a_tiles_size = kLeftTiles * (max_rows(kMaxVectors) * s.capacity + kMaxRows + lanes_of<scalar_t>);
+  s.a_tiles_size =
+      kLeftTiles * (max_rows(kMaxVectors) * s.capacity + kMaxRows + lanes_of<scalar_t>);
   s.a_tiles = arena.take<scalar_t>(s.a_tiles_size * choice.threads);
   return s;
 }
@@ -57,13 +66,19 @@ BackwardScratch<scalar_t> backward_scratch(const BackwardArgs<scalar_t>& args, c
 template <class Cell, class scalar_t>
 class BackwardPass {
  public:
-  BackwardPass(const BackwardArgs<scalar_t>& args, const Choice& choice, const BackwardScratch<scalar_t>& scratch,
-               const Worker& worker)
-      : args_(args), s_(scratch), worker_(worker), units_{args.hidden_size, 1}, outputs_{args.output_size, 1} {
+  BackwardPass(const BackwardArgs<scalar_t>& args, const Choice& choice,
+               const BackwardScratch<scalar_t>& scratch, const Worker& worker)
+      : args_(args),
+        s_(scratch),
+        worker_(worker),
+        units_{args.hidden_size, 1},
+        outputs_{args.output_size, 1} {
     by_units_ = choice.split != Split::kBatch;
     rows_ = by_units_ ? Range{0, args.batch} : rows_part(args, worker.index, worker.count);
-    panels_ = by_units_ ? part_of(units_.count(), worker.index, worker.count) : Range{0, units_.count()};
-    output_panels_ = by_units_ ? part_of(outputs_.count(), worker.index, worker.count) : Range{0, outputs_.count()};
+    panels_ =
+        by_units_ ? part_of(units_.count(), worker.index, worker.count) : Range{0, units_.count()};
+    output_panels_ = by_units_ ? part_of(outputs_.count(), worker.index, worker.count)
+                               : Range{0, outputs_.count()};
     planes_ = Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0);
   }
 
@@ -73,16 +88,21 @@ class BackwardPass {
     const Range packs = part_of(outputs_.count(), worker_.index, worker_.count);
     if (s_.w_hh)
       for (int64_t p = packs.begin; p < packs.end; ++p)
-        pack_rows(outputs_, p, gates, [&](int64_t k) { return args_.w_hh + k * args_.output_size; }, s_.w_hh);
+        pack_rows(
+            outputs_, p, gates, [&](int64_t k) { return args_.w_hh + k * args_.output_size; },
+            s_.w_hh);
     const Range hidden_packs = part_of(units_.count(), worker_.index, worker_.count);
     if (s_.w_hr)
       for (int64_t p = hidden_packs.begin; p < hidden_packs.end; ++p)
-        pack_rows(units_, p, args_.output_size, [&](int64_t k) { return args_.w_hr + k * args_.hidden_size; }, s_.w_hr);
+        pack_rows(
+            units_, p, args_.output_size,
+            [&](int64_t k) { return args_.w_hr + k * args_.hidden_size; }, s_.w_hr);
 
     const Range outputs = columns_of(outputs_, output_panels_), units = columns_of(units_, panels_);
     for (int64_t b = rows_.begin; b < rows_.end; ++b) {
       const int64_t at = b * args_.output_size;
-      for (int64_t u = outputs.begin; u < outputs.end; ++u) s_.dh[at + u] = args_.dh_n ? args_.dh_n[at + u] : scalar_t(0);
+      for (int64_t u = outputs.begin; u < outputs.end; ++u)
+        s_.dh[at + u] = args_.dh_n ? args_.dh_n[at + u] : scalar_t(0);
       for (int64_t k = 0; k < Cell::kStates - 1; ++k) {
         const int64_t inner = (k * args_.batch + b) * args_.hidden_size;
         for (int64_t u = units.begin; u < units.end; ++u)
@@ -92,8 +112,9 @@ class BackwardPass {
     barrier(worker_);
   }
 
-  // Step t; its gate gradients go to the chunk's rows, which begin with row `base` of the layer. `carry`: whether dh of the
-  // step before is wanted. Ends with a barrier, so that all workers may read the step's dgx and dgh.
+  // Step t; its gate gradients go to the chunk's rows, which begin with row `base` of the layer.
+  // `carry`: whether dh of the step before is wanted. Ends with a barrier, so that all workers may
+  // read the step's dgx and dgh.
   void step(int64_t t, int64_t base, bool carry) {
     const int64_t count = smaller(rows_.end, active(args_, t)) - rows_.begin;
     const int64_t row = first_row(args_, t) - base + rows_.begin;  // of the chunk
@@ -124,7 +145,8 @@ class BackwardPass {
   const scalar_t* state_before(int index, int64_t t, int64_t b) const {
     if (b < continuing(args_, t)) {
       const int64_t row = first_row(args_, previous(args_, t)) + b;
-      return index == 0 ? args_.y + row * args_.output_size : saved_plane(row, Cell::kSaved + index - 1);
+      return index == 0 ? args_.y + row * args_.output_size
+                        : saved_plane(row, Cell::kSaved + index - 1);
     }
     if (index == 0) return args_.h0 ? args_.h0 + b * args_.output_size : nullptr;
     return args_.c0 ? args_.c0 + ((index - 1) * args_.batch + b) * args_.hidden_size : nullptr;
@@ -133,32 +155,39 @@ class BackwardPass {
   const scalar_t* saved_plane(int64_t row, int plane) const {
     return args_.saved + (row * planes_ + plane) * args_.hidden_size;
   }
-  const scalar_t* hidden_of(int64_t row) const { return saved_plane(row, planes_ - 1); }  // h before the projection
+  // h before the projection
+  const scalar_t* hidden_of(int64_t row) const { return saved_plane(row, planes_ - 1); }
 
  private:
   static constexpr int64_t kLanes = lanes_of<scalar_t>;
   using V = vector_of<scalar_t>;
 
   static Range columns_of(const Panels<scalar_t>& panels, Range range) {
-    return {smaller(panels.first(range.begin), panels.units), smaller(panels.first(range.end), panels.units)};
+    return {smaller(panels.first(range.begin), panels.units),
+            smaller(panels.first(range.end), panels.units)};
   }
 
   void barrier_if_shared() {
     if (by_units_) barrier(worker_);
   }
 
-  // The cell's backward for one row and the own units, in order: what forward kept is read as a few streams.
+  // The cell's backward for one row and the own units, in
+  // order: what forward kept is read as a few streams.
   void cell_row(int64_t t, int64_t b, int64_t chunk_row) {
     const int64_t layer_row = first_row(args_, t) + b;
-    const scalar_t* dy = args_.dy.data && !args_.w_hr ? step_of(args_, args_.dy, t) + b * args_.dy.row_stride : nullptr;
+    const scalar_t* dy = args_.dy.data && !args_.w_hr
+                             ? step_of(args_, args_.dy, t) + b * args_.dy.row_stride
+                             : nullptr;
     const scalar_t* before[Cell::kStates];
     for (int k = 0; k < Cell::kStates; ++k) before[k] = state_before(k, t, b);
     const Range units = columns_of(units_, panels_);
     for (int64_t unit = units.begin; unit < units.end; unit += kLanes) {
       const int64_t left = args_.hidden_size - unit;
-      V kept[at_least_one<Cell::kSaved>], prev[Cell::kStates], next[Cell::kStates], dstate[Cell::kStates];
+      V kept[at_least_one<Cell::kSaved>], prev[Cell::kStates], next[Cell::kStates],
+          dstate[Cell::kStates];
       V dgx[Cell::kGates], dgh[Cell::kGates];
-      for (int k = 0; k < Cell::kSaved; ++k) kept[k] = load_part(saved_plane(layer_row, k) + unit, left);
+      for (int k = 0; k < Cell::kSaved; ++k)
+        kept[k] = load_part(saved_plane(layer_row, k) + unit, left);
       prev[0] = next[0] = V{};
       for (int k = args_.w_hr ? 1 : 0; k < Cell::kStates; ++k) {
         prev[k] = before[k] ? load_part(before[k] + unit, left) : V{};
@@ -174,7 +203,8 @@ class BackwardPass {
         dstate[0] = load_part(s_.dh + b * args_.output_size + unit, left);
         if (dy) dstate[0] += load_part(dy + unit, left);
       }
-      for (int k = 1; k < Cell::kStates; ++k) dstate[k] = load_part(inner_gradient(k, b) + unit, left);
+      for (int k = 1; k < Cell::kStates; ++k)
+        dstate[k] = load_part(inner_gradient(k, b) + unit, left);
 
       Cell::backward(kept, prev, next, dstate, dgx, dgh);
 
@@ -183,19 +213,24 @@ class BackwardPass {
         store_part(s_.dgx + at, dgx[g], left);
         if (Cell::kSplitGates) store_part(s_.dgh + at, dgh[g], left);
       }
-      if constexpr (Cell::kRecurrence == Recurrence::kDiagonal) dstate[0] += dgh[0] * load_part(args_.w_hh + unit, left);
+      if constexpr (Cell::kRecurrence == Recurrence::kDiagonal)
+        dstate[0] += dgh[0] * load_part(args_.w_hh + unit, left);
       if (!args_.w_hr) store_part(s_.dh + b * args_.output_size + unit, dstate[0], left);
-      for (int k = 1; k < Cell::kStates; ++k) store_part(inner_gradient(k, b) + unit, dstate[k], left);
+      for (int k = 1; k < Cell::kStates; ++k)
+        store_part(inner_gradient(k, b) + unit, dstate[k], left);
     }
   }
 
-  scalar_t* inner_gradient(int k, int64_t b) const { return s_.dc + ((k - 1) * args_.batch + b) * args_.hidden_size; }
+  scalar_t* inner_gradient(int k, int64_t b) const {
+    return s_.dc + ((k - 1) * args_.batch + b) * args_.hidden_size;
+  }
 
   // dh += dgh . w_hh for own rows and outputs.
   void carry_back(int64_t row, int64_t count) {
     for (int64_t p = output_panels_.begin; p < output_panels_.end; ++p)
-      row_product(outputs_, p, count, !args_.w_hr, Cell::kGates * args_.hidden_size, s_.dgh + row * s_.gate_row, s_.gate_row,
-                  args_.w_hh, s_.w_hh, s_.dh + rows_.begin * args_.output_size, args_.output_size);
+      row_product(outputs_, p, count, !args_.w_hr, Cell::kGates * args_.hidden_size,
+                  s_.dgh + row * s_.gate_row, s_.gate_row, args_.w_hh, s_.w_hh,
+                  s_.dh + rows_.begin * args_.output_size, args_.output_size);
   }
 
   // Total gradient of the projected h of step t, kept for dw_hr.
@@ -203,26 +238,39 @@ class BackwardPass {
     const Range outputs = columns_of(outputs_, output_panels_);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t b = rows_.begin + r;
-      const scalar_t* dy = args_.dy.data ? step_of(args_, args_.dy, t) + b * args_.dy.row_stride : nullptr;
+      const scalar_t* dy =
+          args_.dy.data ? step_of(args_, args_.dy, t) + b * args_.dy.row_stride : nullptr;
       for (int64_t u = outputs.begin; u < outputs.end; ++u)
-        s_.dh_steps[(row + r) * args_.output_size + u] = s_.dh[b * args_.output_size + u] + (dy ? dy[u] : scalar_t(0));
+        s_.dh_steps[(row + r) * args_.output_size + u] =
+            s_.dh[b * args_.output_size + u] + (dy ? dy[u] : scalar_t(0));
     }
   }
 
   // dm = dh . w_hr for own rows and units.
   void undo_projection(int64_t row, int64_t count) {
     for (int64_t p = panels_.begin; p < panels_.end; ++p)
-      row_product(units_, p, count, false, args_.output_size, s_.dh_steps + row * args_.output_size, args_.output_size,
-                  args_.w_hr, s_.w_hr, s_.dm + rows_.begin * units_.padded(), units_.padded());
+      row_product(units_, p, count, false, args_.output_size, s_.dh_steps + row * args_.output_size,
+                  args_.output_size, args_.w_hr, s_.w_hr, s_.dm + rows_.begin * units_.padded(),
+                  units_.padded());
   }
 
  public:
-  // out (+)= a . w for the columns of panel p, where w is (K, columns) by rows: packed, or as it is.
-  static void row_product(const Panels<scalar_t>& panels, int64_t p, int64_t rows, bool add, int64_t k_size, const scalar_t* a,
-                          int64_t a_row, const scalar_t* plain, const scalar_t* packed, scalar_t* out, int64_t out_row) {
+  // out (+)= a . w for the columns of panel p, where w is
+  // (K, columns) by rows: packed, or as it is.
+  static void row_product(const Panels<scalar_t>& panels, int64_t p, int64_t rows, bool add,
+                          int64_t k_size, const scalar_t* a, int64_t a_row, const scalar_t* plain,
+                          const scalar_t* packed, scalar_t* out, int64_t out_row) {
     const int64_t valid = panels.valid(p), column = panels.first(p);
-    Operands<scalar_t> o{k_size, a, a_row, 1, packed ? packed + panels.offset(p) * k_size : plain + column,
-                         packed ? panels.vectors(p) * kLanes : panels.units, nullptr, 0, out + column, out_row};
+    Operands<scalar_t> o{k_size,
+                         a,
+                         a_row,
+                         1,
+                         packed ? packed + panels.offset(p) * k_size : plain + column,
+                         packed ? panels.vectors(p) * kLanes : panels.units,
+                         nullptr,
+                         0,
+                         out + column,
+                         out_row};
     if (packed || valid % kLanes == 0) return multiply_columns(rows, valid, add, o);
     // Unpacked and ragged: whole vectors as usual, the last columns one by one.
     const int64_t whole = valid / kLanes * kLanes;

@@ -10,16 +10,18 @@
 
 namespace rnnfast {
 
-#define RNNFAST_DECLARE(target) \
-  namespace target {            \
+#define RNNFAST_DECLARE(target)      \
+  namespace target {                 \
   const KernelTable& kernel_table(); \
   }
 RNNFAST_DECLARE(portable)
-#ifdef RNNFAST_X86
+#ifdef RNNFAST_HAS_AVX2
 RNNFAST_DECLARE(avx2)
+#endif
+#ifdef RNNFAST_HAS_AVX512
 RNNFAST_DECLARE(avx512)
 #endif
-#ifdef RNNFAST_ARM64
+#ifdef RNNFAST_HAS_NEON
 RNNFAST_DECLARE(neon)
 #endif
 
@@ -28,8 +30,8 @@ namespace {
 std::atomic<int> forced_isa_value{-1}, forced_kernel_value{-1};
 thread_local LastRun last_run_value{};
 
-// Scratch of the calling thread, kept between calls: fresh memory costs a page fault every 4 KiB, which is more than many a
-// kernel. What a large layer needed is given back.
+// Scratch of the calling thread, kept between calls: fresh memory costs a page fault every 4 KiB,
+// which is more than many a kernel. What a large layer needed is given back.
 class Scratch {
  public:
   char* reserve(int64_t bytes) {
@@ -81,7 +83,8 @@ struct Call {
 
 template <class Args>
 void run_call(const Args& args, Choice choice, const Threads& threads, Isa isa,
-              int64_t (*bytes)(const Args&, const Choice&), void (*run)(const Args&, const Choice&, char*, const Worker&)) {
+              int64_t (*bytes)(const Args&, const Choice&),
+              void (*run)(const Args&, const Choice&, char*, const Worker&)) {
   Call<Args> call{&args, choice, scratch.reserve(bytes(args, choice)), run};
   const auto work = [](void* context, const Worker& worker) {
     const auto& c = *static_cast<Call<Args>*>(context);
@@ -95,8 +98,14 @@ void run_call(const Args& args, Choice choice, const Threads& threads, Isa isa,
 
 template <class scalar_t>
 Shape shape_of(int cell, const LayerArgs<scalar_t>& args) {
-  return {cell,           args.seq_len,     args.batch, args.input_size,
-          args.hidden_size, args.output_size, args.rows,  static_cast<int>(sizeof(scalar_t))};
+  return {cell,
+          args.seq_len,
+          args.batch,
+          args.input_size,
+          args.hidden_size,
+          args.output_size,
+          args.rows,
+          static_cast<int>(sizeof(scalar_t))};
 }
 
 }  // namespace
@@ -104,13 +113,16 @@ Shape shape_of(int cell, const LayerArgs<scalar_t>& args) {
 bool isa_available(Isa isa) {
   switch (isa) {
     case Isa::kPortable: return true;
-#ifdef RNNFAST_X86
+#ifdef RNNFAST_HAS_AVX2
     case Isa::kAvx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    case Isa::kAvx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 #endif
-#ifdef RNNFAST_ARM64
+#ifdef RNNFAST_HAS_AVX512
+    case Isa::kAvx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("fma");
+#endif
+#ifdef RNNFAST_HAS_NEON
     case Isa::kNeon: return true;
 #endif
     default: return false;
@@ -139,11 +151,13 @@ int forced_kernel() { return forced_kernel_value.load(std::memory_order_relaxed)
 
 const KernelTable& kernels(Isa isa) {
   switch (isa) {
-#ifdef RNNFAST_X86
+#ifdef RNNFAST_HAS_AVX2
     case Isa::kAvx2: return avx2::kernel_table();
+#endif
+#ifdef RNNFAST_HAS_AVX512
     case Isa::kAvx512: return avx512::kernel_table();
 #endif
-#ifdef RNNFAST_ARM64
+#ifdef RNNFAST_HAS_NEON
     case Isa::kNeon: return neon::kernel_table();
 #endif
     default: return portable::kernel_table();
@@ -173,7 +187,8 @@ template <class scalar_t>
 void run_backward(int cell, const BackwardArgs<scalar_t>& args, const Threads& threads) {
   const Isa isa = active_isa();
   const auto& k = cell_kernels<scalar_t>(isa, cell);
-  run_call(args, choose_for(shape_of(cell, args), threads.count), threads, isa, k.backward_scratch, k.backward);
+  run_call(args, choose_for(shape_of(cell, args), threads.count), threads, isa, k.backward_scratch,
+           k.backward);
 }
 
 template <class scalar_t>
@@ -187,10 +202,10 @@ void pack_weights(int cell, const LayerArgs<scalar_t>& args, scalar_t* packed) {
   cell_kernels<scalar_t>(active_isa(), cell).pack(args, packed);
 }
 
-#define RNNFAST_INSTANTIATE(scalar_t)                                                      \
-  template void run_forward(int, const ForwardArgs<scalar_t>&, const Threads&);            \
-  template void run_backward(int, const BackwardArgs<scalar_t>&, const Threads&);          \
-  template int64_t packed_size(int, const LayerArgs<scalar_t>&);                           \
+#define RNNFAST_INSTANTIATE(scalar_t)                                             \
+  template void run_forward(int, const ForwardArgs<scalar_t>&, const Threads&);   \
+  template void run_backward(int, const BackwardArgs<scalar_t>&, const Threads&); \
+  template int64_t packed_size(int, const LayerArgs<scalar_t>&);                  \
   template void pack_weights(int, const LayerArgs<scalar_t>&, scalar_t*);
 RNNFAST_INSTANTIATE(float)
 RNNFAST_INSTANTIATE(double)

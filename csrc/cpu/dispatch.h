@@ -1,4 +1,5 @@
-// The CPU engine's door: picks the instruction set, the threads and the scratch memory, and runs one direction of one layer.
+// The CPU engine's door: picks the instruction set, the threads and the scratch memory, and runs
+// one direction of one layer.
 #pragma once
 
 #include "../core/args.h"
@@ -7,14 +8,17 @@
 
 namespace rnnfast {
 
-// What one instruction set's object offers for one cell and one number type. Scratch sizes are in bytes.
+// What one instruction set's object offers for one cell and
+// one number type. Scratch sizes are in bytes.
 template <class scalar_t>
 struct CellKernels {
   int64_t (*forward_scratch)(const ForwardArgs<scalar_t>&, const Choice&);
   void (*forward)(const ForwardArgs<scalar_t>&, const Choice&, char* scratch, const Worker&);
   int64_t (*backward_scratch)(const BackwardArgs<scalar_t>&, const Choice&);
   void (*backward)(const BackwardArgs<scalar_t>&, const Choice&, char* scratch, const Worker&);
-  int64_t (*packed_size)(int64_t input_size, int64_t hidden_size, int64_t output_size, bool projection);  // elements
+  // in elements
+  int64_t (*packed_size)(int64_t input_size, int64_t hidden_size, int64_t output_size,
+                         bool projection);
   void (*pack)(const LayerArgs<scalar_t>&, scalar_t* packed);
 };
 
@@ -25,20 +29,26 @@ struct KernelTable {
   const CellKernels<double>* float64;
   void (*math32)(MathFunction, int64_t count, const float* in, float* out);
   void (*math64)(MathFunction, int64_t count, const double* in, double* out);
-  // out (rows, units) = a (rows, k) . w (units, k)^T by the given kernel, one panel after the other, for the tests.
-  void (*product32)(Kernel, int64_t rows, int64_t units, int64_t k_size, const float* a, const float* w, float* out);
-  void (*product64)(Kernel, int64_t rows, int64_t units, int64_t k_size, const double* a, const double* w, double* out);
-  // One tile of the micro-kernel over and over: operations a second when divided by its time (bench/limits.py).
+  // out (rows, units) = a (rows, k) . w (units, k)^T by the given kernel, one panel after the
+  // other, for the tests.
+  void (*product32)(Kernel, int64_t rows, int64_t units, int64_t k_size, const float* a,
+                    const float* w, float* out);
+  void (*product64)(Kernel, int64_t rows, int64_t units, int64_t k_size, const double* a,
+                    const double* w, double* out);
+  // One tile of the micro-kernel over and over: operations
+  // a second when divided by its time (bench/limits.py).
   int64_t (*spin_tile)(int64_t repeats);
 };
 
 bool isa_available(Isa isa);  // built in, and this processor has it
 const char* isa_name(Isa isa);
 Isa active_isa();
-// Forces an ISA (-1: the best one again) for the process. Returns what was forced before, -1 for none. Must be available.
+// Forces an ISA (-1: the best one again) for the process. Returns what was forced before, -1 for
+// none. Must be available.
 int force_isa(int isa);
 int forced_isa();
-int force_kernel(int kernel);  // -1: as choose_engine says; else a Kernel. Returns what was forced before
+// -1: as choose_engine says; else a Kernel. Returns what was forced before.
+int force_kernel(int kernel);
 int forced_kernel();
 const KernelTable& kernels(Isa isa);
 

@@ -1,8 +1,10 @@
-// Forward of one direction of one layer on the CPU: input projection in chunks of steps, then step by step a product with
-// the panels of w_hh and the cell on the result while it is in the first cache.
+// Forward of one direction of one layer on the CPU: input projection
+// in chunks of steps, then step by step a product with the panels of
+// w_hh and the cell on the result while it is in the first cache.
 //
-// Each worker owns rows of the batch or panels of units (share.h); with units it meets the others once a step, because the
-// next product reads all of h. h lives in two buffers, written in turn, so that one barrier a step is enough.
+// Each worker owns rows of the batch or panels of units (share.h); with units it meets the others
+// once a step, because the next product reads all of h. h lives in two buffers, written in turn, so
+// that one barrier a step is enough.
 #pragma once
 
 #include "share.h"
@@ -28,7 +30,8 @@ struct PackedLayout {
   Panels<scalar_t> gates, outputs;
   int64_t w_ih, w_hh, w_hr;  // elements
 
-  RNNFAST_HD PackedLayout(int64_t input_size, int64_t hidden_size, int64_t output_size, bool projection)
+  RNNFAST_HD PackedLayout(int64_t input_size, int64_t hidden_size, int64_t output_size,
+                          bool projection)
       : gates{hidden_size, Cell::kGates}, outputs{output_size, 1} {
     w_ih = gates.padded() * input_size;
     w_hh = Cell::kRecurrence == Recurrence::kDense ? gates.padded() * output_size : 0;
@@ -37,9 +40,11 @@ struct PackedLayout {
 };
 
 template <class Cell, class scalar_t>
-ForwardScratch<scalar_t> forward_scratch(const ForwardArgs<scalar_t>& args, const Choice& choice, Arena& arena) {
+ForwardScratch<scalar_t> forward_scratch(const ForwardArgs<scalar_t>& args, const Choice& choice,
+                                         Arena& arena) {
   constexpr int64_t lanes = lanes_of<scalar_t>;
-  const PackedLayout<Cell, scalar_t> sizes(args.input_size, args.hidden_size, args.output_size, args.w_hr != nullptr);
+  const PackedLayout<Cell, scalar_t> sizes(args.input_size, args.hidden_size, args.output_size,
+                                           args.w_hr != nullptr);
   ForwardScratch<scalar_t> s{};
   s.h_row = divide_up(args.output_size, lanes) * lanes + lanes;
   s.m_row = divide_up(args.hidden_size, lanes) * lanes + lanes;
@@ -68,14 +73,20 @@ ForwardScratch<scalar_t> forward_scratch(const ForwardArgs<scalar_t>& args, cons
 template <class Cell, class scalar_t>
 class ForwardPass {
  public:
-  ForwardPass(const ForwardArgs<scalar_t>& args, const Choice& choice, const ForwardScratch<scalar_t>& scratch,
-              const Worker& worker)
-      : args_(args), s_(scratch), worker_(worker), gates_{args.hidden_size, Cell::kGates}, outputs_{args.output_size, 1} {
+  ForwardPass(const ForwardArgs<scalar_t>& args, const Choice& choice,
+              const ForwardScratch<scalar_t>& scratch, const Worker& worker)
+      : args_(args),
+        s_(scratch),
+        worker_(worker),
+        gates_{args.hidden_size, Cell::kGates},
+        outputs_{args.output_size, 1} {
     by_units_ = choice.split != Split::kBatch;
     const Range whole_rows{0, args.batch};
     rows_ = by_units_ ? whole_rows : rows_part(args, worker.index, worker.count);
-    panels_ = by_units_ ? part_of(gates_.count(), worker.index, worker.count) : Range{0, gates_.count()};
-    output_panels_ = by_units_ ? part_of(outputs_.count(), worker.index, worker.count) : Range{0, outputs_.count()};
+    panels_ =
+        by_units_ ? part_of(gates_.count(), worker.index, worker.count) : Range{0, gates_.count()};
+    output_panels_ = by_units_ ? part_of(outputs_.count(), worker.index, worker.count)
+                               : Range{0, outputs_.count()};
     gx_row_ = gates_.padded();
     gx_ = scratch.gx + (by_units_ ? 0 : worker.index * scratch.gx_size);
     planes_ = Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0);
@@ -84,7 +95,8 @@ class ForwardPass {
   void run() {
     pack_weights();
     start_states();
-    barrier(worker_);  // weights of a batch split are packed by all; h0 of a unit split is written by all
+    // Weights of a batch split are packed by all; h0 of a unit split is written by all.
+    barrier(worker_);
     const bool down = args_.reverse;
     Range chunk{0, 0};
     int current = 0;
@@ -108,7 +120,8 @@ class ForwardPass {
   static constexpr int64_t kLanes = lanes_of<scalar_t>;
   using V = vector_of<scalar_t>;
 
-  // What this step wrote is read by workers that own other units; workers that own rows read only their own.
+  // What this step wrote is read by workers that own other
+  // units; workers that own rows read only their own.
   void share_units() {
     if (by_units_) barrier(worker_);
   }
@@ -122,25 +135,31 @@ class ForwardPass {
       if (s_.w_ih && args_.b_ih) pack_bias(gates_, p, args_.b_ih, s_.b_ih);
       if (s_.w_hh && args_.b_hh) pack_bias(gates_, p, args_.b_hh, s_.b_hh);
     }
-    const Range mine_out = by_units_ ? output_panels_ : part_of(outputs_.count(), worker_.index, worker_.count);
+    const Range mine_out =
+        by_units_ ? output_panels_ : part_of(outputs_.count(), worker_.index, worker_.count);
     if (s_.w_hr_out)
-      for (int64_t p = mine_out.begin; p < mine_out.end; ++p) pack_units(outputs_, p, args_.hidden_size, args_.w_hr, s_.w_hr_out);
+      for (int64_t p = mine_out.begin; p < mine_out.end; ++p)
+        pack_units(outputs_, p, args_.hidden_size, args_.w_hr, s_.w_hr_out);
   }
 
   static Range columns_of(const Panels<scalar_t>& panels, Range range) {
-    return {smaller(panels.first(range.begin), panels.units), smaller(panels.first(range.end), panels.units)};
+    return {smaller(panels.first(range.begin), panels.units),
+            smaller(panels.first(range.end), panels.units)};
   }
 
-  // h0 goes to both buffers: a row that enters late (packed, reverse) finds it in whichever is current.
+  // h0 goes to both buffers: a row that enters late
+  // (packed, reverse) finds it in whichever is current.
   void start_states() {
     const Range units = columns_of(gates_, panels_);
     const Range outputs = args_.w_hr ? columns_of(outputs_, output_panels_) : units;
     for (int64_t b = rows_.begin; b < rows_.end; ++b) {
       for (int64_t u = outputs.begin; u < outputs.end; ++u)
-        s_.h[0][b * s_.h_row + u] = s_.h[1][b * s_.h_row + u] = args_.h0 ? args_.h0[b * args_.output_size + u] : scalar_t(0);
+        s_.h[0][b * s_.h_row + u] = s_.h[1][b * s_.h_row + u] =
+            args_.h0 ? args_.h0[b * args_.output_size + u] : scalar_t(0);
       for (int64_t k = 0; k < Cell::kStates - 1; ++k) {
         const int64_t at = (k * args_.batch + b) * args_.hidden_size;
-        for (int64_t u = units.begin; u < units.end; ++u) args_.c_n[at + u] = args_.c0 ? args_.c0[at + u] : scalar_t(0);
+        for (int64_t u = units.begin; u < units.end; ++u)
+          args_.c_n[at + u] = args_.c0 ? args_.c0[at + u] : scalar_t(0);
       }
     }
   }
@@ -154,44 +173,49 @@ class ForwardPass {
       const bool even = args_.x.step_stride == args_.batch * args_.x.row_stride;
       if (whole && (args_.batch_sizes || even || args_.batch == 1)) {
         // All rows of the chunk lie at one distance: one product.
-        const int64_t stride = args_.batch == 1 && !args_.batch_sizes ? args_.x.step_stride : args_.x.row_stride;
-        input_product(p, step_of(args_, args_.x, chunk.begin), stride, first_row(args_, chunk.end) - base, 0, 1);
+        const int64_t stride =
+            args_.batch == 1 && !args_.batch_sizes ? args_.x.step_stride : args_.x.row_stride;
+        input_product(p, step_of(args_, args_.x, chunk.begin), stride,
+                      first_row(args_, chunk.end) - base, 0, 1);
       } else if (!args_.batch_sizes && steps > rows) {
         for (int64_t b = rows_.begin; b < rows_.end; ++b)
-          input_product(p, step_of(args_, args_.x, chunk.begin) + b * args_.x.row_stride, args_.x.step_stride, steps, b,
-                        args_.batch);
+          input_product(p, step_of(args_, args_.x, chunk.begin) + b * args_.x.row_stride,
+                        args_.x.step_stride, steps, b, args_.batch);
       } else {
         for (int64_t t = chunk.begin; t < chunk.end; ++t) {
           const int64_t count = smaller(rows_.end, active(args_, t)) - rows_.begin;
           if (count > 0)
-            input_product(p, step_of(args_, args_.x, t) + rows_.begin * args_.x.row_stride, args_.x.row_stride, count,
-                          first_row(args_, t) - base + rows_.begin, 1);
+            input_product(p, step_of(args_, args_.x, t) + rows_.begin * args_.x.row_stride,
+                          args_.x.row_stride, count, first_row(args_, t) - base + rows_.begin, 1);
         }
       }
     }
   }
 
   // `count` rows of x into rows first, first + every, ... of gx.
-  void input_product(int64_t p, const scalar_t* x, int64_t x_row, int64_t count, int64_t first, int64_t every) {
+  void input_product(int64_t p, const scalar_t* x, int64_t x_row, int64_t count, int64_t first,
+                     int64_t every) {
     gate_product(p, count, args_.input_size, x, x_row, s_.w_ih, args_.w_ih, args_.b_ih, s_.b_ih,
                  gx_ + first * gx_row_ + gates_.offset(p), every * gx_row_);
   }
 
   // a . w^T + bias for the gates of panel p, by whichever kernel has its weights.
-  void gate_product(int64_t p, int64_t rows, int64_t k_size, const scalar_t* a, int64_t a_row, const scalar_t* packed,
-                    const scalar_t* plain, const scalar_t* bias, const scalar_t* packed_bias, scalar_t* out, int64_t out_row) {
+  void gate_product(int64_t p, int64_t rows, int64_t k_size, const scalar_t* a, int64_t a_row,
+                    const scalar_t* packed, const scalar_t* plain, const scalar_t* bias,
+                    const scalar_t* packed_bias, scalar_t* out, int64_t out_row) {
     if (packed) {
       const int vectors = gates_.vectors(p);
       multiply(rows, vectors,
-               Operands<scalar_t>{k_size, a, a_row, 1, packed + gates_.offset(p) * k_size, vectors * kLanes,
-                                  bias ? packed_bias + gates_.offset(p) : nullptr, 0, out, out_row});
+               Operands<scalar_t>{k_size, a, a_row, 1, packed + gates_.offset(p) * k_size,
+                                  vectors * kLanes, bias ? packed_bias + gates_.offset(p) : nullptr,
+                                  0, out, out_row});
       return;
     }
     const int64_t unit = gates_.first(p), width = gates_.vectors_per_gate(p) * kLanes;
     for (int g = 0; g < Cell::kGates; ++g) {
       const int64_t at = g * args_.hidden_size + unit;
-      multiply_direct(rows, gates_.valid(p), k_size, a, a_row, plain + at * k_size, k_size, bias ? bias + at : nullptr,
-                      out + g * width, out_row);
+      multiply_direct(rows, gates_.valid(p), k_size, a, a_row, plain + at * k_size, k_size,
+                      bias ? bias + at : nullptr, out + g * width, out_row);
     }
   }
 
@@ -206,39 +230,46 @@ class ForwardPass {
         const int64_t b = rows_.begin + row;
         fetch_saved(p, first_row(args_, t) + b, height);
         if constexpr (Cell::kRecurrence == Recurrence::kDense) {
-          gate_product(p, height, args_.output_size, h + b * s_.h_row, s_.h_row, s_.w_hh, args_.w_hh, args_.b_hh, s_.b_hh,
-                       &gh[0][0], kMaxVectors * kLanes);
+          gate_product(p, height, args_.output_size, h + b * s_.h_row, s_.h_row, s_.w_hh,
+                       args_.w_hh, args_.b_hh, s_.b_hh, &gh[0][0], kMaxVectors * kLanes);
         } else {
           diagonal_product(p, height, h + b * s_.h_row, gh);
         }
-        for (int r = 0; r < height; ++r) cell_row(p, t, b + r, gx + (b + r) * gx_row_ + gates_.offset(p), gh[r], h, h_next);
+        for (int r = 0; r < height; ++r)
+          cell_row(p, t, b + r, gx + (b + r) * gx_row_ + gates_.offset(p), gh[r], h, h_next);
       });
     }
   }
 
-  // Asks for the lines that the cell will write behind this product, so that its stores do not wait for memory.
+  // Asks for the lines that the cell will write behind this
+  // product, so that its stores do not wait for memory.
   void fetch_saved(int64_t p, int64_t row, int height) {
     if (!args_.saved) return;
     const scalar_t* line = args_.saved + row * planes_ * args_.hidden_size + gates_.first(p);
     for (int i = 0; i < height * planes_; ++i) __builtin_prefetch(line + i * args_.hidden_size, 1);
   }
 
-  void diagonal_product(int64_t p, int height, const scalar_t* h, scalar_t (&gh)[kMaxRows][kMaxVectors * kLanes]) {
+  void diagonal_product(int64_t p, int height, const scalar_t* h,
+                        scalar_t (&gh)[kMaxRows][kMaxVectors * kLanes]) {
     for (int v = 0; v < gates_.vectors(p); ++v) {
       const int64_t unit = gates_.first(p) + v * kLanes, left = args_.hidden_size - unit;
       const V u = load_part(args_.w_hh + unit, left);
       const V bias = args_.b_hh ? load_part(args_.b_hh + unit, left) : V{};
-      for (int r = 0; r < height; ++r) store(&gh[r][v * kLanes], bias + u * load(h + r * s_.h_row + unit));
+      for (int r = 0; r < height; ++r)
+        store(&gh[r][v * kLanes], bias + u * load(h + r * s_.h_row + unit));
     }
   }
 
-  // The cell for one row and the units of one panel; writes the new states, y and what backward needs.
-  void cell_row(int64_t p, int64_t t, int64_t b, const scalar_t* gx, const scalar_t* gh, const scalar_t* h, scalar_t* h_next) {
+  // The cell for one row and the units of one panel; writes
+  // the new states, y and what backward needs.
+  void cell_row(int64_t p, int64_t t, int64_t b, const scalar_t* gx, const scalar_t* gh,
+                const scalar_t* h, scalar_t* h_next) {
     const int per_gate = gates_.vectors_per_gate(p);
     const int64_t row = first_row(args_, t) + b;
     for (int v = 0; v < per_gate; ++v) {
       const int64_t unit = gates_.first(p) + v * kLanes, left = args_.hidden_size - unit;
-      V gates_x[Cell::kGates], gates_h[Cell::kGates], state[Cell::kStates], kept[at_least_one<Cell::kSaved>];
+      V gates_x[Cell::kGates], gates_h[Cell::kGates], state[Cell::kStates],
+          kept[at_least_one<Cell::kSaved>];
       for (int g = 0; g < Cell::kGates; ++g) {
         gates_x[g] = load(gx + (g * per_gate + v) * kLanes);
         gates_h[g] = load(gh + (g * per_gate + v) * kLanes);
@@ -251,8 +282,10 @@ class ForwardPass {
       for (int k = 1; k < Cell::kStates; ++k) store_part(inner_state(k, b) + unit, state[k], left);
       if (args_.saved) {
         scalar_t* plane = args_.saved + row * planes_ * args_.hidden_size + unit;
-        for (int k = 0; k < Cell::kSaved; ++k, plane += args_.hidden_size) store_part(plane, kept[k], left);
-        for (int k = 1; k < Cell::kStates; ++k, plane += args_.hidden_size) store_part(plane, state[k], left);
+        for (int k = 0; k < Cell::kSaved; ++k, plane += args_.hidden_size)
+          store_part(plane, kept[k], left);
+        for (int k = 1; k < Cell::kStates; ++k, plane += args_.hidden_size)
+          store_part(plane, state[k], left);
         if (args_.w_hr) store_part(plane, state[0], left);
       }
       if (args_.w_hr) {
@@ -265,7 +298,9 @@ class ForwardPass {
     }
   }
 
-  scalar_t* inner_state(int k, int64_t b) const { return args_.c_n + ((k - 1) * args_.batch + b) * args_.hidden_size; }
+  scalar_t* inner_state(int k, int64_t b) const {
+    return args_.c_n + ((k - 1) * args_.batch + b) * args_.hidden_size;
+  }
 
   // Whether row b has no step after t.
   bool is_last(int64_t t, int64_t b) const {

@@ -1,8 +1,9 @@
 // The micro-kernels: a tile of rows times a panel of weights, accumulators in registers.
 //
-// Every sum runs over k in order, in the same partial sums, so an entry has the same bits whatever tile, thread or number of
-// threads computes it. Two kernels: `multiply` broadcasts an element of a row against vectors of the panel (packed weights,
-// or any matrix whose rows are contiguous), `multiply_direct` takes dot products with PyTorch's (units, K) layout.
+// Every sum runs over k in order, in the same partial sums, so an entry has the same bits whatever
+// tile, thread or number of threads computes it. Two kernels: `multiply` broadcasts an element of a
+// row against vectors of the panel (packed weights, or any matrix whose rows are contiguous),
+// `multiply_direct` takes dot products with PyTorch's (units, K) layout.
 #pragma once
 
 #include "vec.h"
@@ -10,8 +11,8 @@
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
 
-constexpr int kMaxVectors = 4;  // vectors a panel is wide
-constexpr int kMaxRows = 8;     // rows of a tile
+constexpr int kMaxVectors = 4;   // vectors a panel is wide
+constexpr int kMaxRows = 8;      // rows of a tile
 constexpr int64_t kBlock = 256;  // products in a partial sum
 
 // Accumulators, one vector of weights at a time and a broadcast must fit the registers.
@@ -41,8 +42,9 @@ __attribute__((noinline)) void tile(const Operands<scalar_t>& o) {
   const scalar_t* a = o.a;
   const scalar_t* w = o.w;
   const int64_t a_row = o.a_row, a_k = o.a_k, w_k = o.w_k;
-  // Partial sums of kBlock products each, started at zero, keep the rounding error near that of a blocked library product;
-  // the start value, which may be far larger than a product, comes in once.
+  // Partial sums of kBlock products each, started at zero, keep the
+  // rounding error near that of a blocked library product; the start
+  // value, which may be far larger than a product, comes in once.
   int64_t left = o.k_size;
   const scalar_t* start = o.start;
   int64_t start_row = o.start_row;
@@ -50,22 +52,24 @@ __attribute__((noinline)) void tile(const Operands<scalar_t>& o) {
     V acc[kRows][kVectors] = {};
     for (int64_t k = smaller(left, kBlock); k > 0; --k) {
       V b[kVectors];
-RNNFAST_UNROLL
+      RNNFAST_UNROLL
       for (int v = 0; v < kVectors; ++v) b[v] = load(w + v * lanes);
-RNNFAST_UNROLL
+      RNNFAST_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const V s = a[r * a_row] - V{};  // x - 0 is x to the compiler, 0 + x is not
-RNNFAST_UNROLL
+        RNNFAST_UNROLL
         for (int v = 0; v < kVectors; ++v) acc[r][v] += s * b[v];
       }
       a += a_k;
       w += w_k;
     }
-RNNFAST_UNROLL
-    for (int r = 0; r < kRows; ++r)
-RNNFAST_UNROLL
+    RNNFAST_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      RNNFAST_UNROLL
       for (int v = 0; v < kVectors; ++v)
-        store(o.out + r * o.out_row + v * lanes, start ? load(start + r * start_row + v * lanes) + acc[r][v] : acc[r][v]);
+        store(o.out + r * o.out_row + v * lanes,
+              start ? load(start + r * start_row + v * lanes) + acc[r][v] : acc[r][v]);
+    }
     start = o.out;
     start_row = o.out_row;
     left -= kBlock;
@@ -78,11 +82,21 @@ void tile_of(int rows, const Operands<scalar_t>& o) {
     case 1: return tile<scalar_t, 1, kVectors>(o);
     case 2: return tile<scalar_t, 2, kVectors>(o);
     case 3: return tile<scalar_t, 3, kVectors>(o);
-    case 4: if constexpr (max_rows(kVectors) >= 4) return tile<scalar_t, 4, kVectors>(o); break;
-    case 5: if constexpr (max_rows(kVectors) >= 5) return tile<scalar_t, 5, kVectors>(o); break;
-    case 6: if constexpr (max_rows(kVectors) >= 6) return tile<scalar_t, 6, kVectors>(o); break;
-    case 7: if constexpr (max_rows(kVectors) >= 7) return tile<scalar_t, 7, kVectors>(o); break;
-    case 8: if constexpr (max_rows(kVectors) >= 8) return tile<scalar_t, 8, kVectors>(o); break;
+    case 4:
+      if constexpr (max_rows(kVectors) >= 4) return tile<scalar_t, 4, kVectors>(o);
+      break;
+    case 5:
+      if constexpr (max_rows(kVectors) >= 5) return tile<scalar_t, 5, kVectors>(o);
+      break;
+    case 6:
+      if constexpr (max_rows(kVectors) >= 6) return tile<scalar_t, 6, kVectors>(o);
+      break;
+    case 7:
+      if constexpr (max_rows(kVectors) >= 7) return tile<scalar_t, 7, kVectors>(o);
+      break;
+    case 8:
+      if constexpr (max_rows(kVectors) >= 8) return tile<scalar_t, 8, kVectors>(o);
+      break;
   }
   __builtin_unreachable();  // callers cut rows by max_rows
 }
@@ -97,7 +111,8 @@ void tile_of(int rows, int vectors, const Operands<scalar_t>& o) {
   }
 }
 
-// Calls use(first_row, rows) over [0, rows) in tiles of nearly equal height, none above max_rows(vectors).
+// Calls use(first_row, rows) over [0, rows) in tiles of nearly equal height, none above
+// max_rows(vectors).
 template <class Use>
 RNNFAST_HD void for_row_tiles(int64_t rows, int vectors, const Use& use) {
   const int64_t tiles = divide_up(rows, max_rows(vectors));
@@ -123,7 +138,8 @@ __attribute__((noinline)) void multiply(int64_t rows, int vectors, const Operand
 
 // As multiply, writing only the first `columns` of each row and, with `add`, onto what out holds.
 template <class scalar_t>
-__attribute__((noinline)) void multiply_columns(int64_t rows, int64_t columns, bool add, const Operands<scalar_t>& all) {
+__attribute__((noinline)) void multiply_columns(int64_t rows, int64_t columns, bool add,
+                                                const Operands<scalar_t>& all) {
   constexpr int64_t lanes = lanes_of<scalar_t>;
   const int vectors = static_cast<int>(divide_up(columns, lanes));
   if (columns == vectors * lanes) {
@@ -139,7 +155,8 @@ __attribute__((noinline)) void multiply_columns(int64_t rows, int64_t columns, b
     o.a += row * o.a_row;
     scalar_t* out = o.out + row * o.out_row;
     for (int r = 0; r < height; ++r)
-      for (int64_t c = 0; c < columns; ++c) buffer[r][c] = add ? out[r * o.out_row + c] : scalar_t(0);
+      for (int64_t c = 0; c < columns; ++c)
+        buffer[r][c] = add ? out[r * o.out_row + c] : scalar_t(0);
     for (int r = 0; r < height; ++r)
       for (int64_t c = columns; c < vectors * lanes; ++c) buffer[r][c] = scalar_t(0);
     o.start = o.out = &buffer[0][0];
@@ -151,20 +168,21 @@ __attribute__((noinline)) void multiply_columns(int64_t rows, int64_t columns, b
 }
 
 template <class scalar_t, int kRows, int kUnits>
-__attribute__((noinline)) void dot_tile(int64_t k_size, const scalar_t* a, int64_t a_row, const scalar_t* w, int64_t w_row, const scalar_t* start,
-              scalar_t* out, int64_t out_row) {
+__attribute__((noinline)) void dot_tile(int64_t k_size, const scalar_t* a, int64_t a_row,
+                                        const scalar_t* w, int64_t w_row, const scalar_t* start,
+                                        scalar_t* out, int64_t out_row) {
   using V = vector_of<scalar_t>;
   constexpr int64_t lanes = lanes_of<scalar_t>;
   V acc[kRows][kUnits] = {};
   int64_t k = 0;
   for (; k + lanes <= k_size; k += lanes) {
     V x[kRows];
-  RNNFAST_UNROLL
+    RNNFAST_UNROLL
     for (int r = 0; r < kRows; ++r) x[r] = load(a + r * a_row + k);
-  RNNFAST_UNROLL
+    RNNFAST_UNROLL
     for (int u = 0; u < kUnits; ++u) {
       const V b = load(w + u * w_row + k);
-  RNNFAST_UNROLL
+      RNNFAST_UNROLL
       for (int r = 0; r < kRows; ++r) acc[r][u] += x[r] * b;
     }
   }
@@ -176,19 +194,22 @@ __attribute__((noinline)) void dot_tile(int64_t k_size, const scalar_t* a, int64
     }
 }
 
-// out[r][u] = start[u] + a[r] . w[u] for `units` rows of w, each K long: no packing, made for few rows.
+// out[r][u] = start[u] + a[r] . w[u] for `units` rows of w,
+// each K long: no packing, made for few rows.
 template <class scalar_t>
-__attribute__((noinline)) void multiply_direct(int64_t rows, int64_t units, int64_t k_size, const scalar_t* a, int64_t a_row, const scalar_t* w,
-                     int64_t w_row, const scalar_t* start, scalar_t* out, int64_t out_row) {
+__attribute__((noinline)) void multiply_direct(int64_t rows, int64_t units, int64_t k_size,
+                                               const scalar_t* a, int64_t a_row, const scalar_t* w,
+                                               int64_t w_row, const scalar_t* start, scalar_t* out,
+                                               int64_t out_row) {
   const auto block = [&](auto rows_constant, int64_t r) {
     constexpr int kRows = decltype(rows_constant)::value;
     int64_t u = 0;
     for (; u + 4 <= units; u += 4)
-      dot_tile<scalar_t, kRows, 4>(k_size, a + r * a_row, a_row, w + u * w_row, w_row, start ? start + u : nullptr,
-                                   out + r * out_row + u, out_row);
+      dot_tile<scalar_t, kRows, 4>(k_size, a + r * a_row, a_row, w + u * w_row, w_row,
+                                   start ? start + u : nullptr, out + r * out_row + u, out_row);
     for (; u < units; ++u)
-      dot_tile<scalar_t, kRows, 1>(k_size, a + r * a_row, a_row, w + u * w_row, w_row, start ? start + u : nullptr,
-                                   out + r * out_row + u, out_row);
+      dot_tile<scalar_t, kRows, 1>(k_size, a + r * a_row, a_row, w + u * w_row, w_row,
+                                   start ? start + u : nullptr, out + r * out_row + u, out_row);
   };
   int64_t r = 0;
   if constexpr (kVectorRegisters == 32)

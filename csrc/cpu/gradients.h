@@ -1,7 +1,9 @@
 // Gradients of the weights and of x, from the gate gradients of one chunk of steps:
-//   dw_ih += dgx^T . x   dw_hh += dgh^T . h_prev   dw_hr += dh^T . m   db = sums of dgx and dgh   dx = dgx . w_ih
-// Left sides are packed tile by tile (their rows lie across memory), right sides in panels that all workers share. Workers
-// own rows of the result, and every sum runs over the chunk's rows in order: the bits do not depend on their number.
+//   dw_ih += dgx^T . x    dw_hh += dgh^T . h_prev    dw_hr += dh^T . m
+//   db = sums of dgx and dgh    dx = dgx . w_ih
+// Left sides are packed tile by tile (their rows lie across memory), right sides in panels that all
+// workers share. Workers own rows of the result, and every sum runs over the chunk's rows in order:
+// the bits do not depend on their number.
 #pragma once
 
 #include "backward.h"
@@ -9,14 +11,20 @@
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
 
-constexpr int64_t kDepth = 2 * kBlock;  // k elements of a dx product at a time, so that a panel's slice stays in the cache
+// k elements of a dx product at a time, so that a panel's slice stays in the cache.
+constexpr int64_t kDepth = 2 * kBlock;
 
 template <class Cell, class scalar_t>
 class GradientPass {
  public:
   GradientPass(const BackwardArgs<scalar_t>& args, const BackwardScratch<scalar_t>& scratch,
                const BackwardPass<Cell, scalar_t>& loop, const Worker& worker)
-      : args_(args), s_(scratch), loop_(loop), worker_(worker), inputs_{args.input_size, 1}, outputs_{args.output_size, 1},
+      : args_(args),
+        s_(scratch),
+        loop_(loop),
+        worker_(worker),
+        inputs_{args.input_size, 1},
+        outputs_{args.output_size, 1},
         units_{args.hidden_size, 1} {}
 
   void start() {
@@ -24,13 +32,16 @@ class GradientPass {
     const int64_t gates = Cell::kGates * args_.hidden_size;
     if (s_.w_ih)
       for (int64_t p = mine.begin; p < mine.end; ++p)
-        pack_rows(inputs_, p, gates, [&](int64_t k) { return args_.w_ih + k * args_.input_size; }, s_.w_ih);
+        pack_rows(
+            inputs_, p, gates, [&](int64_t k) { return args_.w_ih + k * args_.input_size; },
+            s_.w_ih);
   }
 
-  // Adds the gradients of the steps of `chunk` (`first`: nothing has been added yet). Callers put barriers around it.
+  // Adds the gradients of the steps of `chunk` (`first`: nothing has been added yet). Callers put
+  // barriers around it.
   void add(Range chunk, bool first) {
-    const int64_t base = first_row(args_, chunk.begin), rows = first_row(args_, chunk.end - 1) +
-                                                               active(args_, chunk.end - 1) - base;
+    const int64_t base = first_row(args_, chunk.begin),
+                  rows = first_row(args_, chunk.end - 1) + active(args_, chunk.end - 1) - base;
     share_right_sides(chunk, rows);
     barrier(worker_);
     const Range gates = part_of(Cell::kGates * args_.hidden_size, worker_.index, worker_.count);
@@ -44,13 +55,14 @@ class GradientPass {
     } else {
       weight_product(gates, rows, first, s_.dgx, s_.gate_row, {x, h});
     }
-    weight_product(part_of(args_.output_size, worker_.index, worker_.count), rows, first, s_.dh_steps, args_.output_size,
-                   {Right{units_, s_.m_packed, args_.dw_hr}});
+    weight_product(part_of(args_.output_size, worker_.index, worker_.count), rows, first,
+                   s_.dh_steps, args_.output_size, {Right{units_, s_.m_packed, args_.dw_hr}});
     if (args_.db_ih) sum_rows(gates, rows, first, s_.dgx, args_.db_ih);
     if (args_.db_hh && (Cell::kSplitGates || !args_.db_ih)) {
       sum_rows(gates, rows, first, s_.dgh, args_.db_hh);
     } else if (args_.db_hh) {
-      for (int64_t m = gates.begin; m < gates.end; ++m) args_.db_hh[m] = args_.db_ih[m];  // the same sums
+      // the same sums
+      for (int64_t m = gates.begin; m < gates.end; ++m) args_.db_hh[m] = args_.db_ih[m];
     }
     if (args_.dx) input_gradient(base, part_of(rows, worker_.index, worker_.count));
   }
@@ -75,26 +87,33 @@ class GradientPass {
       const Range mine = part_of(inputs_.count(), worker_.index, worker_.count);
       for (int64_t p = mine.begin; p < mine.end; ++p) {
         StepCursor cursor{args_, chunk.begin, base};
-        pack_rows(inputs_, p, rows, [&](int64_t k) {
-          const int64_t b = cursor.step_row(k);
-          return step_of(args_, args_.x, cursor.t) + b * args_.x.row_stride;
-        }, s_.x_packed);
+        pack_rows(
+            inputs_, p, rows,
+            [&](int64_t k) {
+              const int64_t b = cursor.step_row(k);
+              return step_of(args_, args_.x, cursor.t) + b * args_.x.row_stride;
+            },
+            s_.x_packed);
       }
     }
     if (s_.h_packed) {
       const Range mine = part_of(outputs_.count(), worker_.index, worker_.count);
       for (int64_t p = mine.begin; p < mine.end; ++p) {
         StepCursor cursor{args_, chunk.begin, base};
-        pack_rows(outputs_, p, rows, [&](int64_t k) {
-          const int64_t b = cursor.step_row(k);
-          return loop_.state_before(0, cursor.t, b);
-        }, s_.h_packed);
+        pack_rows(
+            outputs_, p, rows,
+            [&](int64_t k) {
+              const int64_t b = cursor.step_row(k);
+              return loop_.state_before(0, cursor.t, b);
+            },
+            s_.h_packed);
       }
     }
     if (s_.m_packed) {
       const Range mine = part_of(units_.count(), worker_.index, worker_.count);
       for (int64_t p = mine.begin; p < mine.end; ++p)
-        pack_rows(units_, p, rows, [&](int64_t k) { return loop_.hidden_of(base + k); }, s_.m_packed);
+        pack_rows(
+            units_, p, rows, [&](int64_t k) { return loop_.hidden_of(base + k); }, s_.m_packed);
     }
   }
 
@@ -107,7 +126,8 @@ class GradientPass {
 
   // out[m] (+)= sum over rows k of left[k][m] * right[k], for the rows m of the result in `range`.
   template <int n>
-  void weight_product(Range range, int64_t rows, bool first, const scalar_t* left, int64_t left_row, const Right (&rights)[n]) {
+  void weight_product(Range range, int64_t rows, bool first, const scalar_t* left, int64_t left_row,
+                      const Right (&rights)[n]) {
     bool wanted = false;
     for (const Right& right : rights) wanted = wanted || right.out;
     if (!wanted) return;
@@ -121,7 +141,8 @@ class GradientPass {
         for (int64_t i = 0; i < height; i += kTileRows)
           for (int64_t p = 0; p < right.panels.count(); ++p)
             multiply_columns(smaller(kTileRows, height - i), right.panels.valid(p), !first,
-                             Operands<scalar_t>{rows, a + tile_offset(i, rows), 1, kTileRows, right.packed + right.panels.offset(p) * rows,
+                             Operands<scalar_t>{rows, a + tile_offset(i, rows), 1, kTileRows,
+                                                right.packed + right.panels.offset(p) * rows,
                                                 right.panels.vectors(p) * kLanes, nullptr, 0,
                                                 out_of(right, m + i, p), right.panels.units});
       }
@@ -133,11 +154,15 @@ class GradientPass {
   }
 
   // Where the tile of column i starts: behind each tile is room for what its last vector runs over.
-  static int64_t tile_offset(int64_t i, int64_t rows) { return i * rows + i / max_rows(kMaxVectors) * kLanes; }
+  static int64_t tile_offset(int64_t i, int64_t rows) {
+    return i * rows + i / max_rows(kMaxVectors) * kLanes;
+  }
 
-  // Columns of `left` as tiles of kTileRows, k by k. Several tiles at a time, so that a cache line is fetched once; whole
-  // vectors, so that what runs over a row of the tile is overwritten by the next row.
-  void pack_left(int64_t rows, int64_t height, const scalar_t* left, int64_t left_row, scalar_t* a) {
+  // Columns of `left` as tiles of kTileRows, k by k. Several tiles at a
+  // time, so that a cache line is fetched once; whole vectors, so that
+  // what runs over a row of the tile is overwritten by the next row.
+  void pack_left(int64_t rows, int64_t height, const scalar_t* left, int64_t left_row,
+                 scalar_t* a) {
     constexpr int64_t kTileRows = max_rows(kMaxVectors);
     for (int64_t k = 0; k < rows; ++k)
       for (int64_t i = 0; i < height; i += kTileRows)
@@ -145,8 +170,9 @@ class GradientPass {
           store(a + tile_offset(i, rows) + k * kTileRows + v, load(left + k * left_row + i + v));
   }
 
-  // Adds the values of the chunk's rows to out (or to nothing, if first): in partial sums of 64 rows, a few vectors side by
-  // side, since a row's neighbours lie in the same cache lines. value(k, m, left) are the `left` columns from m of row k.
+  // Adds the values of the chunk's rows to out (or to nothing, if first): in partial sums of 64
+  // rows, a few vectors side by side, since a row's neighbours lie in the same cache lines.
+  // value(k, m, left) are the `left` columns from m of row k.
   template <class RowValue>
   void sum_columns(Range range, int64_t rows, bool first, const RowValue& value, scalar_t* out) {
     constexpr int kSide = 4;
@@ -156,7 +182,8 @@ class GradientPass {
       for (int64_t k = 0; k < rows;) {
         V part[kSide] = {};
         for (const int64_t end = smaller(rows, k + 64); k < end; ++k)
-          for (int v = 0; v < side; ++v) part[v] += value(k, m + v * kLanes, range.end - m - v * kLanes);
+          for (int v = 0; v < side; ++v)
+            part[v] += value(k, m + v * kLanes, range.end - m - v * kLanes);
         for (int v = 0; v < side; ++v) total[v] += part[v];
       }
       for (int v = 0; v < side; ++v) {
@@ -168,20 +195,23 @@ class GradientPass {
 
   void sum_rows(Range range, int64_t rows, bool first, const scalar_t* from, scalar_t* out) {
     // Rows are padded to a vector more than they hold, so that whole vectors may be read.
-    sum_columns(range, rows, first, [&](int64_t k, int64_t m, int64_t) { return load(from + k * s_.gate_row + m); }, out);
+    sum_columns(
+        range, rows, first,
+        [&](int64_t k, int64_t m, int64_t) { return load(from + k * s_.gate_row + m); }, out);
   }
 
   // du = sum of dgh * h_prev.
   void diagonal_gradient(Range range, Range chunk, int64_t rows, bool first) {
     StepCursor cursor{args_, chunk.begin, first_row(args_, chunk.begin)};
-    sum_columns(range, rows, first,
-                [&](int64_t k, int64_t m, int64_t left) {
-                  if (k == 0) cursor.t = chunk.begin;
-                  const int64_t b = cursor.step_row(k);
-                  const scalar_t* h = loop_.state_before(0, cursor.t, b);
-                  return h ? load(s_.dgh + k * s_.gate_row + m) * load_part(h + m, left) : V{};
-                },
-                args_.dw_hh);
+    sum_columns(
+        range, rows, first,
+        [&](int64_t k, int64_t m, int64_t left) {
+          if (k == 0) cursor.t = chunk.begin;
+          const int64_t b = cursor.step_row(k);
+          const scalar_t* h = loop_.state_before(0, cursor.t, b);
+          return h ? load(s_.dgh + k * s_.gate_row + m) * load_part(h + m, left) : V{};
+        },
+        args_.dw_hh);
   }
 
   // dx = dgx . w_ih for the chunk's rows in `range`; dx is contiguous.
@@ -193,11 +223,13 @@ class GradientPass {
       const int64_t depth = smaller(kDepth, gates - k);
       for (int64_t p = 0; p < inputs_.count(); ++p) {
         // A slice of k of a packed panel is contiguous, of plain rows likewise.
-        const scalar_t* packed = s_.w_ih ? s_.w_ih + inputs_.offset(p) * gates + k * inputs_.vectors(p) * kLanes -
+        const scalar_t* packed = s_.w_ih ? s_.w_ih + inputs_.offset(p) * gates +
+                                               k * inputs_.vectors(p) * kLanes -
                                                inputs_.offset(p) * depth
                                          : nullptr;
-        BackwardPass<Cell, scalar_t>::row_product(inputs_, p, range.size(), k > 0, depth, a + k, s_.gate_row,
-                                                  args_.w_ih + k * args_.input_size, packed, out, args_.input_size);
+        BackwardPass<Cell, scalar_t>::row_product(inputs_, p, range.size(), k > 0, depth, a + k,
+                                                  s_.gate_row, args_.w_ih + k * args_.input_size,
+                                                  packed, out, args_.input_size);
       }
     }
   }
@@ -211,8 +243,8 @@ class GradientPass {
 
 // The whole backward of one worker.
 template <class Cell, class scalar_t>
-void run_backward(const BackwardArgs<scalar_t>& args, const Choice& choice, const BackwardScratch<scalar_t>& scratch,
-                  const Worker& worker) {
+void run_backward(const BackwardArgs<scalar_t>& args, const Choice& choice,
+                  const BackwardScratch<scalar_t>& scratch, const Worker& worker) {
   BackwardPass<Cell, scalar_t> loop(args, choice, scratch, worker);
   GradientPass<Cell, scalar_t> gradients(args, scratch, loop, worker);
   gradients.start();

@@ -1,5 +1,6 @@
-// Compiled once an instruction set, with RNNFAST_TARGET naming it: instances of the engine for every cell and number type.
-// Nothing here may be called before dispatch.cpp has asked the processor, and nothing may leave a weak symbol behind.
+// Compiled once an instruction set, with RNNFAST_TARGET naming it: instances of the engine for
+// every cell and number type. Nothing here may be called before dispatch.cpp has asked the
+// processor, and nothing may leave a weak symbol behind.
 #include "../cells/list.h"
 #include "dispatch.h"
 #include "forward.h"
@@ -15,7 +16,8 @@ struct Instance {
     forward_scratch<Cell>(args, choice, arena);
     return arena.used;
   }
-  static void forward(const ForwardArgs<scalar_t>& args, const Choice& choice, char* memory, const Worker& worker) {
+  static void forward(const ForwardArgs<scalar_t>& args, const Choice& choice, char* memory,
+                      const Worker& worker) {
     Arena arena{memory, 0};
     const ForwardScratch<scalar_t> scratch = forward_scratch<Cell>(args, choice, arena);
     ForwardPass<Cell, scalar_t>(args, choice, scratch, worker).run();
@@ -25,17 +27,20 @@ struct Instance {
     backward_scratch<Cell>(args, choice, arena);
     return arena.used;
   }
-  static void backward(const BackwardArgs<scalar_t>& args, const Choice& choice, char* memory, const Worker& worker) {
+  static void backward(const BackwardArgs<scalar_t>& args, const Choice& choice, char* memory,
+                       const Worker& worker) {
     Arena arena{memory, 0};
     const BackwardScratch<scalar_t> scratch = backward_scratch<Cell>(args, choice, arena);
     run_backward<Cell>(args, choice, scratch, worker);
   }
-  static int64_t packed_elements(int64_t input_size, int64_t hidden_size, int64_t output_size, bool projection) {
+  static int64_t packed_elements(int64_t input_size, int64_t hidden_size, int64_t output_size,
+                                 bool projection) {
     const PackedLayout<Cell, scalar_t> sizes(input_size, hidden_size, output_size, projection);
     return sizes.w_ih + sizes.w_hh + sizes.w_hr;
   }
   static void pack(const LayerArgs<scalar_t>& args, scalar_t* packed) {
-    const PackedLayout<Cell, scalar_t> sizes(args.input_size, args.hidden_size, args.output_size, args.w_hr != nullptr);
+    const PackedLayout<Cell, scalar_t> sizes(args.input_size, args.hidden_size, args.output_size,
+                                             args.w_hr != nullptr);
     for (int64_t p = 0; p < sizes.gates.count(); ++p) {
       pack_units(sizes.gates, p, args.input_size, args.w_ih, packed);
       if (sizes.w_hh) pack_units(sizes.gates, p, args.output_size, args.w_hh, packed + sizes.w_ih);
@@ -58,23 +63,28 @@ void apply_math(MathFunction function, int64_t count, const scalar_t* in, scalar
   constexpr int64_t lanes = lanes_of<scalar_t>;
   for (int64_t i = 0; i < count; i += lanes) {
     const auto x = load_part(in + i, count - i);
-    const auto y = function == MathFunction::kExp ? exp(x) : function == MathFunction::kSigmoid ? sigmoid(x) : tanh(x);
+    const auto y = function == MathFunction::kExp       ? exp(x)
+                   : function == MathFunction::kSigmoid ? sigmoid(x)
+                                                        : tanh(x);
     store_part(out + i, y, count - i);
   }
 }
 
 template <class scalar_t>
-void product(Kernel kernel, int64_t rows, int64_t units, int64_t k_size, const scalar_t* a, const scalar_t* w, scalar_t* out) {
+void product(Kernel kernel, int64_t rows, int64_t units, int64_t k_size, const scalar_t* a,
+             const scalar_t* w, scalar_t* out) {
   const scalar_t* no_bias = nullptr;
-  if (kernel == Kernel::kDirect) return multiply_direct(rows, units, k_size, a, k_size, w, k_size, no_bias, out, units);
+  if (kernel == Kernel::kDirect)
+    return multiply_direct(rows, units, k_size, a, k_size, w, k_size, no_bias, out, units);
   constexpr int64_t lanes = lanes_of<scalar_t>;
   const Panels<scalar_t> panels{units, 1};
   scalar_t* packed = new scalar_t[panels.padded() * k_size];
   for (int64_t p = 0; p < panels.count(); ++p) {
     pack_units(panels, p, k_size, w, packed);
-    multiply_columns(rows, panels.valid(p), false,
-                     Operands<scalar_t>{k_size, a, k_size, 1, packed + panels.offset(p) * k_size, panels.vectors(p) * lanes,
-                                        nullptr, 0, out + panels.first(p), units});
+    multiply_columns(
+        rows, panels.valid(p), false,
+        Operands<scalar_t>{k_size, a, k_size, 1, packed + panels.offset(p) * k_size,
+                           panels.vectors(p) * lanes, nullptr, 0, out + panels.first(p), units});
   }
   delete[] packed;
 }
@@ -82,14 +92,16 @@ void product(Kernel kernel, int64_t rows, int64_t units, int64_t k_size, const s
 int64_t spin_tile(int64_t repeats) {
   constexpr int kRows = max_rows(kMaxVectors);
   constexpr int64_t kSize = 64, lanes = lanes_of<float>;
-  static float a[kRows * kSize], w[kSize * kMaxVectors * lanes], out[kRows * kMaxVectors * lanes];  // zeros will do
+  static float a[kRows * kSize], w[kSize * kMaxVectors * lanes], out[kRows * kMaxVectors * lanes];
   for (int64_t i = 0; i < repeats; ++i)
-    tile<float, kRows, kMaxVectors>({kSize, a, kSize, 1, w, kMaxVectors * lanes, nullptr, 0, out, kMaxVectors * lanes});
+    tile<float, kRows, kMaxVectors>(
+        {kSize, a, kSize, 1, w, kMaxVectors * lanes, nullptr, 0, out, kMaxVectors * lanes});
   return repeats * 2 * kRows * kSize * kMaxVectors * lanes;
 }
 
-constexpr KernelTable kTable = {kFloat32,       kFloat64,        apply_math<float>, apply_math<double>,
-                                product<float>, product<double>, spin_tile};
+constexpr KernelTable kTable = {kFloat32,           kFloat64,       apply_math<float>,
+                                apply_math<double>, product<float>, product<double>,
+                                spin_tile};
 
 }  // namespace
 

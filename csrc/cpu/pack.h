@@ -1,8 +1,9 @@
 // Weights in the order in which the micro-kernel reads them: panels of a few vectors, k by k.
 //
-// Two sources. `pack_units`: PyTorch's (gates*units, K), where a panel holds kVectorsPerGate vectors of units with all their
-// gates, so that the gates of a unit meet in one tile. `pack_rows`: any (K, columns) matrix given row by row, panels of
-// kMaxVectors vectors of columns. Lanes beyond the last unit or column are zero. The last panel may be narrower.
+// Two sources. `pack_units`: PyTorch's (gates*units, K), where a panel holds kVectorsPerGate
+// vectors of units with all their gates, so that the gates of a unit meet in one tile. `pack_rows`:
+// any (K, columns) matrix given row by row, panels of kMaxVectors vectors of columns. Lanes beyond
+// the last unit or column are zero. The last panel may be narrower.
 #pragma once
 
 #include <cstddef>
@@ -30,14 +31,18 @@ struct Panels {
   int64_t units;
   int gates;
 
-  RNNFAST_HD int per_gate() const { return gates == 1 ? kMaxVectors : 1; }  // vectors of units in a full panel
-  RNNFAST_HD int64_t width() const { return per_gate() * kLanes; }          // units in a full panel
+  // Vectors of units in a full panel.
+  RNNFAST_HD int per_gate() const { return gates == 1 ? kMaxVectors : 1; }
+  RNNFAST_HD int64_t width() const { return per_gate() * kLanes; }  // units in a full panel
   RNNFAST_HD int64_t count() const { return divide_up(units, width()); }
   RNNFAST_HD int64_t first(int64_t panel) const { return panel * width(); }
   RNNFAST_HD int64_t valid(int64_t panel) const { return smaller(width(), units - first(panel)); }
-  RNNFAST_HD int vectors_per_gate(int64_t panel) const { return static_cast<int>(divide_up(valid(panel), kLanes)); }
+  RNNFAST_HD int vectors_per_gate(int64_t panel) const {
+    return static_cast<int>(divide_up(valid(panel), kLanes));
+  }
   RNNFAST_HD int vectors(int64_t panel) const { return gates * vectors_per_gate(panel); }
-  // Elements before a panel, for every k: also the column at which its results start in a row of gx.
+  // Elements before a panel, for every k: also the column
+  // at which its results start in a row of gx.
   RNNFAST_HD int64_t offset(int64_t panel) const { return panel * width() * gates; }
   RNNFAST_HD int64_t padded() const { return gates * divide_up(units, kLanes) * kLanes; }
 };
@@ -48,12 +53,16 @@ template <int stage, class V, std::size_t... lane>
 RNNFAST_HD void swap_lanes(V& a, V& b, std::index_sequence<lane...>) {
   constexpr int n = sizeof...(lane);
 #if defined(__clang__) || __GNUC__ >= 12
-  const V low = __builtin_shufflevector(a, b, ((lane & stage) ? static_cast<int>(lane) - stage + n : static_cast<int>(lane))...);
-  const V high = __builtin_shufflevector(a, b, ((lane & stage) ? static_cast<int>(lane) + n : static_cast<int>(lane) + stage)...);
+  const V low = __builtin_shufflevector(
+      a, b, ((lane & stage) ? static_cast<int>(lane) - stage + n : static_cast<int>(lane))...);
+  const V high = __builtin_shufflevector(
+      a, b, ((lane & stage) ? static_cast<int>(lane) + n : static_cast<int>(lane) + stage)...);
 #else
   using I = typename Lanes<V>::int_t;
-  const V low = __builtin_shuffle(a, b, I{((lane & stage) ? static_cast<int>(lane) - stage + n : static_cast<int>(lane))...});
-  const V high = __builtin_shuffle(a, b, I{((lane & stage) ? static_cast<int>(lane) + n : static_cast<int>(lane) + stage)...});
+  const V low = __builtin_shuffle(
+      a, b, I{((lane & stage) ? static_cast<int>(lane) - stage + n : static_cast<int>(lane))...});
+  const V high = __builtin_shuffle(
+      a, b, I{((lane & stage) ? static_cast<int>(lane) + n : static_cast<int>(lane) + stage)...});
 #endif
   a = low;
   b = high;
@@ -62,25 +71,27 @@ RNNFAST_HD void swap_lanes(V& a, V& b, std::index_sequence<lane...>) {
 template <int stage, class V, int n>
 RNNFAST_HD void transpose_from(V (&square)[n]) {
   if constexpr (stage < n) {
-  RNNFAST_UNROLL
+    RNNFAST_UNROLL
     for (int i = 0; i < n; ++i)
-      if (!(i & stage)) swap_lanes<stage>(square[i], square[i + stage], std::make_index_sequence<n>{});
+      if (!(i & stage))
+        swap_lanes<stage>(square[i], square[i + stage], std::make_index_sequence<n>{});
     transpose_from<2 * stage>(square);
   }
 }
 
 // out[k*out_k + lane] = w[lane*w_row + k] for `rows` <= lanes rows, zero in the lanes beyond.
 template <class scalar_t>
-void pack_vector(int64_t rows, int64_t k_size, const scalar_t* w, int64_t w_row, scalar_t* out, int64_t out_k) {
+void pack_vector(int64_t rows, int64_t k_size, const scalar_t* w, int64_t w_row, scalar_t* out,
+                 int64_t out_k) {
   using V = vector_of<scalar_t>;
   constexpr int n = static_cast<int>(lanes_of<scalar_t>);
   int64_t k = 0;
   for (; k + n <= k_size; k += n) {
     V square[n];
-  RNNFAST_UNROLL
+    RNNFAST_UNROLL
     for (int i = 0; i < n; ++i) square[i] = i < rows ? load(w + i * w_row + k) : V{};
     transpose_from<1>(square);
-  RNNFAST_UNROLL
+    RNNFAST_UNROLL
     for (int i = 0; i < n; ++i) store(out + (k + i) * out_k, square[i]);
   }
   for (; k < k_size; ++k)
@@ -88,34 +99,39 @@ void pack_vector(int64_t rows, int64_t k_size, const scalar_t* w, int64_t w_row,
 }
 
 template <class scalar_t>
-void pack_units(const Panels<scalar_t>& panels, int64_t panel, int64_t k_size, const scalar_t* w, scalar_t* packed) {
+void pack_units(const Panels<scalar_t>& panels, int64_t panel, int64_t k_size, const scalar_t* w,
+                scalar_t* packed) {
   constexpr int64_t lanes = lanes_of<scalar_t>;
   const int vectors = panels.vectors_per_gate(panel);
   scalar_t* out = packed + panels.offset(panel) * k_size;
   for (int g = 0; g < panels.gates; ++g)
     for (int v = 0; v < vectors; ++v) {
       const int64_t unit = panels.first(panel) + v * lanes;
-      pack_vector(smaller(lanes, panels.units - unit), k_size, w + (g * panels.units + unit) * k_size, k_size,
-                  out + (g * vectors + v) * lanes, panels.vectors(panel) * lanes);
+      pack_vector(smaller(lanes, panels.units - unit), k_size,
+                  w + (g * panels.units + unit) * k_size, k_size, out + (g * vectors + v) * lanes,
+                  panels.vectors(panel) * lanes);
     }
 }
 
 // A (gates*units) vector in the same order: the accumulators' start values.
 template <class scalar_t>
-void pack_bias(const Panels<scalar_t>& panels, int64_t panel, const scalar_t* bias, scalar_t* packed) {
+void pack_bias(const Panels<scalar_t>& panels, int64_t panel, const scalar_t* bias,
+               scalar_t* packed) {
   constexpr int64_t lanes = lanes_of<scalar_t>;
   const int vectors = panels.vectors_per_gate(panel);
   scalar_t* out = packed + panels.offset(panel);
   for (int g = 0; g < panels.gates; ++g)
     for (int v = 0; v < vectors; ++v) {
       const int64_t unit = panels.first(panel) + v * lanes;
-      store(out + (g * vectors + v) * lanes, load_part(bias + g * panels.units + unit, panels.units - unit));
+      store(out + (g * vectors + v) * lanes,
+            load_part(bias + g * panels.units + unit, panels.units - unit));
     }
 }
 
 // `row(k)` gives row k of a (K, columns) matrix, or null for zeros.
 template <class scalar_t, class RowOf>
-void pack_rows(const Panels<scalar_t>& panels, int64_t panel, int64_t k_size, const RowOf& row, scalar_t* packed) {
+void pack_rows(const Panels<scalar_t>& panels, int64_t panel, int64_t k_size, const RowOf& row,
+               scalar_t* packed) {
   constexpr int64_t lanes = lanes_of<scalar_t>;
   using V = vector_of<scalar_t>;
   const int vectors = panels.vectors(panel);
@@ -138,7 +154,8 @@ struct Arena {
   template <class scalar_t>
   RNNFAST_HD scalar_t* take(int64_t count) {
     scalar_t* place = base ? reinterpret_cast<scalar_t*>(base + used) : nullptr;
-    used += divide_up(count * static_cast<int64_t>(sizeof(scalar_t)), 64) * 64 + 64;  // + 64: no two at a 4 KiB distance
+    // 64 more, so that no two parts lie at a distance of 4 KiB.
+    used += divide_up(count * static_cast<int64_t>(sizeof(scalar_t)), 64) * 64 + 64;
     return place;
   }
 };

@@ -1,4 +1,5 @@
-// A worker's share of a layer, and where the rows of a step are: what forward and backward have in common.
+// A worker's share of a layer, and where the rows of a step
+// are: what forward and backward have in common.
 #pragma once
 
 #include "../cells/cell.h"
@@ -21,7 +22,8 @@ RNNFAST_HD int64_t first_row(const LayerArgs<scalar_t>& args, int64_t t) {
 }
 
 template <class scalar_t, class pointer_t>
-RNNFAST_HD pointer_t* step_of(const LayerArgs<scalar_t>& args, const Rows<pointer_t>& rows, int64_t t) {
+RNNFAST_HD pointer_t* step_of(const LayerArgs<scalar_t>& args, const Rows<pointer_t>& rows,
+                              int64_t t) {
   return rows.data + (args.offsets ? args.offsets[t] * rows.row_stride : t * rows.step_stride);
 }
 
@@ -59,8 +61,8 @@ Range rows_part(const LayerArgs<scalar_t>& args, int64_t index, int64_t count) {
   return range;
 }
 
-// Consecutive steps [lo, hi) handled together. Starts at `from` in the direction of `down`, holds at least `target` rows
-// if there are as many, and never depends on the number of threads.
+// Consecutive steps [lo, hi) handled together. Starts at `from` in the direction of `down`, holds
+// at least `target` rows if there are as many, and never depends on the number of threads.
 template <class scalar_t>
 Range chunk_of(const LayerArgs<scalar_t>& args, int64_t from, bool down, int64_t target) {
   int64_t count = 0, t = from;
@@ -71,7 +73,9 @@ Range chunk_of(const LayerArgs<scalar_t>& args, int64_t from, bool down, int64_t
   return down ? Range{t + 1, from + 1} : Range{from, t};
 }
 
-RNNFAST_HD int64_t chunk_capacity(int64_t rows, int64_t batch, int64_t target) { return smaller(rows, target + batch); }
+RNNFAST_HD int64_t chunk_capacity(int64_t rows, int64_t batch, int64_t target) {
+  return smaller(rows, target + batch);
+}
 
 }  // namespace
 }  // namespace rnnfast::RNNFAST_TARGET

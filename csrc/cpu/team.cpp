@@ -17,7 +17,8 @@ enum Decision : int { kUndecided, kTogether, kAlone };
 
 // How long the first member waits for the others before it does the whole work alone.
 constexpr auto kRendezvousLimit = std::chrono::milliseconds(10);
-constexpr int kSpins = 4000;  // some 20 to 50 us, then the processor is offered to whoever else wants it
+// Some 20 to 50 us, then the processor is offered to whoever else wants it.
+constexpr int kSpins = 4000;
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -39,7 +40,8 @@ void wait_until(const Ready& ready) {
 
 // After fork the pool's threads are gone in the child, and waiting for them would never end.
 std::atomic<bool> forked_child{false};
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked_child.store(true); });
+[[maybe_unused]] const int registered =
+    pthread_atfork(nullptr, nullptr, [] { forked_child.store(true); });
 
 }  // namespace
 
@@ -73,7 +75,8 @@ void run_member(long begin, long end, void* context) {
     team.arrived.fetch_add(1, std::memory_order_acq_rel);
     const auto deadline = std::chrono::steady_clock::now() + kRendezvousLimit;
     wait_until([&] {
-      return team.arrived.load(std::memory_order_acquire) == team.count || std::chrono::steady_clock::now() > deadline;
+      return team.arrived.load(std::memory_order_acquire) == team.count ||
+             std::chrono::steady_clock::now() > deadline;
     });
     if (team.arrived.load(std::memory_order_acquire) != team.count) {
       team.decision.store(kAlone, std::memory_order_release);

@@ -1,4 +1,5 @@
-// Threads of one call: they come from torch's pool, start together or not at all, and meet at a barrier that cannot hang.
+// Threads of one call: they come from torch's pool, start together or not at all, and meet at a
+// barrier that cannot hang.
 #pragma once
 
 namespace rnnfast {
@@ -14,17 +15,20 @@ struct Worker {
 // All members of the team have called it when it returns; writes before it are visible after it.
 void barrier(const Worker& worker);
 
-// Calls run(context, begin, end) for parts of [0, count), on several threads if it can: torch's parallel_for.
-using ParallelFor = void (*)(int count, void (*run)(long begin, long end, void* context), void* context);
+// Calls run(context, begin, end) for parts of [0, count),
+// on several threads if it can: torch's parallel_for.
+using ParallelFor = void (*)(int count, void (*run)(long begin, long end, void* context),
+                             void* context);
 
 using WorkFn = void (*)(void* context, const Worker& worker);
 
-// Runs `work` once on each of `count` threads that are proved to run at the same time, or once on one thread alone
-// (worker.count == 1) when that cannot be had: fewer threads than asked for, a nested call, a forked child.
-// Returns the number of workers that ran.
+// Runs `work` once on each of `count` threads that are proved to run at the same time, or once on
+// one thread alone (worker.count == 1) when that cannot be had: fewer threads than asked for, a
+// nested call, a forked child. Returns the number of workers that ran.
 int run_team(int count, ParallelFor parallel_for, WorkFn work, void* context);
 
-// The processors that this process may use, at least 1: more spinning threads than that only get in each other's way.
+// The processors that this process may use, at least 1: more spinning threads than that only get in
+// each other's way.
 int usable_processors();
 
 }  // namespace rnnfast

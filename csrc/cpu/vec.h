@@ -1,4 +1,5 @@
-// SIMD vectors by the GCC/Clang vector extension: one width an ISA, and the loads and stores that the engine needs.
+// SIMD vectors by the GCC/Clang vector extension: one width an ISA, and the loads and stores that
+// the engine needs.
 #pragma once
 
 #include "../core/math.h"
@@ -40,7 +41,8 @@ using vector_of = typename VectorOf<scalar_t>::type;
 template <class scalar_t>
 constexpr int64_t lanes_of = RNNFAST_VECTOR_BYTES / static_cast<int64_t>(sizeof(scalar_t));
 
-// Registers: 32 with AVX-512 and on arm64, else 16. The micro-kernel keeps its accumulators in them.
+// Registers: 32 with AVX-512 and on arm64, else 16. The
+// micro-kernel keeps its accumulators in them.
 #if RNNFAST_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int kVectorRegisters = 32;
 #else
@@ -59,7 +61,8 @@ RNNFAST_HD void store(scalar_t* to, vector_of<scalar_t> v) {
   __builtin_memcpy(to, &v, sizeof(v));
 }
 
-// The first `count` lanes; the others read as zero and are not touched in memory. count >= lanes means all of them.
+// The first `count` lanes; the others read as zero and are not touched in memory. count >= lanes
+// means all of them.
 template <class scalar_t>
 RNNFAST_HD vector_of<scalar_t> load_part(const scalar_t* from, int64_t count) {
   if (count >= lanes_of<scalar_t>) return load(from);

@@ -1,6 +1,6 @@
-// The core alone, without torch and Python, for the sanitizers: every cell, instruction set, kernel and split, on buffers of
-// exactly the size that a layer has. Forward is compared between instruction sets and kernels, backward with finite
-// differences, one thread with two bit for bit.
+// The core alone, without torch and Python, for the sanitizers: every cell, instruction set, kernel
+// and split, on buffers of exactly the size that a layer has. Forward is compared between
+// instruction sets and kernels, backward with finite differences, one thread with two bit for bit.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -33,8 +33,11 @@ void thread_per_part(int count, void (*run)(long, long, void*), void* context) {
   for (auto& thread : threads) thread.join();
 }
 
-// A pool that runs everything on the caller, as a nested call does: the team must notice and work alone.
-void one_thread(int count, void (*run)(long, long, void*), void* context) { run(0, count, context); }
+// A pool that runs everything on the caller, as a nested
+// call does: the team must notice and work alone.
+void one_thread(int count, void (*run)(long, long, void*), void* context) {
+  run(0, count, context);
+}
 
 using Values = std::vector<double>;
 
@@ -45,7 +48,8 @@ struct Layer {
   std::vector<int64_t> batch_sizes, offsets;
   Values x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr;
 
-  Layer(int cell_id, int64_t t, int64_t b, int64_t i, int64_t h, int64_t p, bool uneven, bool backwards)
+  Layer(int cell_id, int64_t t, int64_t b, int64_t i, int64_t h, int64_t p, bool uneven,
+        bool backwards)
       : cell(cell_id), T(t), B(b), I(i), H(h), P(p ? p : h), reverse(backwards) {
     const CellInfo& info = cell_info(cell);
     std::mt19937 random(1);
@@ -79,13 +83,15 @@ struct Layer {
     return info.saved + info.states - 1 + (w_hr.empty() ? 0 : 1);
   }
   void fill(LayerArgs<double>& args) const {
-    args.seq_len = T, args.batch = B, args.input_size = I, args.hidden_size = H, args.output_size = P, args.rows = rows();
+    args.seq_len = T, args.batch = B, args.input_size = I, args.hidden_size = H,
+    args.output_size = P, args.rows = rows();
     args.batch_sizes = batch_sizes.empty() ? nullptr : batch_sizes.data();
     args.offsets = batch_sizes.empty() ? nullptr : offsets.data();
     args.reverse = reverse;
     args.x = {x.data(), B * I, I};
     args.h0 = h0.data(), args.c0 = c0.data(), args.w_ih = w_ih.data(), args.w_hh = w_hh.data();
-    args.b_ih = b_ih.data(), args.b_hh = b_hh.data(), args.w_hr = w_hr.empty() ? nullptr : w_hr.data();
+    args.b_ih = b_ih.data(), args.b_hh = b_hh.data(),
+    args.w_hr = w_hr.empty() ? nullptr : w_hr.data();
   }
 };
 
@@ -98,14 +104,16 @@ Outputs forward(const Layer& layer, const Threads& threads) {
               Values(layer.rows() * layer.planes() * layer.H)};
   ForwardArgs<double> args{};
   layer.fill(args);
-  args.y = out.y.data(), args.h_n = out.h_n.data(), args.c_n = out.c_n.data(), args.saved = out.saved.data();
+  args.y = out.y.data(), args.h_n = out.h_n.data(), args.c_n = out.c_n.data(),
+  args.saved = out.saved.data();
   run_forward(layer.cell, args, threads);
   return out;
 }
 
 double sum(const Values& values) {
   double total = 0;
-  for (size_t i = 0; i < values.size(); ++i) total += values[i] * std::sin(1.0 + static_cast<double>(i % 17));
+  for (size_t i = 0; i < values.size(); ++i)
+    total += values[i] * std::sin(1.0 + static_cast<double>(i % 17));
   return total;
 }
 double loss(const Layer& layer) {
@@ -123,13 +131,16 @@ struct Gradients {
 };
 
 Gradients backward(const Layer& layer, const Outputs& out, const Threads& threads) {
-  Gradients g{Values(layer.x.size()),    Values(layer.h0.size()),   Values(layer.c0.size()),   Values(layer.w_ih.size()),
-              Values(layer.w_hh.size()), Values(layer.b_ih.size()), Values(layer.b_hh.size()), Values(layer.w_hr.size())};
-  const Values dy = weights_of_sum(out.y.size()), dh = weights_of_sum(out.h_n.size()), dc = weights_of_sum(out.c_n.size());
+  Gradients g{Values(layer.x.size()),    Values(layer.h0.size()),   Values(layer.c0.size()),
+              Values(layer.w_ih.size()), Values(layer.w_hh.size()), Values(layer.b_ih.size()),
+              Values(layer.b_hh.size()), Values(layer.w_hr.size())};
+  const Values dy = weights_of_sum(out.y.size()), dh = weights_of_sum(out.h_n.size()),
+               dc = weights_of_sum(out.c_n.size());
   BackwardArgs<double> args{};
   layer.fill(args);
   args.dy = {dy.data(), layer.B * layer.P, layer.P};
-  args.dh_n = dh.data(), args.dc_n = dc.data(), args.y = out.y.data(), args.saved = out.saved.data();
+  args.dh_n = dh.data(), args.dc_n = dc.data(), args.y = out.y.data(),
+  args.saved = out.saved.data();
   args.dx = g.x.data(), args.dh0 = g.h0.data(), args.dc0 = g.c0.data(), args.dw_ih = g.w_ih.data();
   args.dw_hh = g.w_hh.data(), args.db_ih = g.b_ih.data(), args.db_hh = g.b_hh.data();
   args.dw_hr = layer.w_hr.empty() ? nullptr : g.w_hr.data();
@@ -143,10 +154,12 @@ bool near(const Values& a, const Values& b, double tolerance) {
   return a.size() == b.size();
 }
 bool same_bits(const Values& a, const Values& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
 }
 
-void check_gradient(Layer layer, Values Layer::*member, const Values& gradient, const std::string& what) {
+void check_gradient(Layer layer, Values Layer::* member, const Values& gradient,
+                    const std::string& what) {
   const size_t size = (layer.*member).size();
   for (size_t i = 0; i < size; i += 1 + size / 5) {
     const double step = 1e-5, value = (layer.*member)[i];
@@ -156,7 +169,8 @@ void check_gradient(Layer layer, Values Layer::*member, const Values& gradient, 
     const double below = loss(layer);
     (layer.*member)[i] = value;
     const double expected = (above - below) / (2 * step);
-    check(std::fabs(expected - gradient[i]) <= 1e-6 * (1 + std::fabs(expected)), what + "[" + std::to_string(i) + "]");
+    check(std::fabs(expected - gradient[i]) <= 1e-6 * (1 + std::fabs(expected)),
+          what + "[" + std::to_string(i) + "]");
   }
 }
 
@@ -170,18 +184,22 @@ void check_layer(const Layer& layer, const std::string& what) {
     for (int kernel = 0; kernel < 2; ++kernel) {
       force_isa(isa);
       force_kernel(kernel);
-      const std::string here = what + " " + isa_name(static_cast<Isa>(isa)) + (kernel ? " direct" : " packed");
+      const std::string here =
+          what + " " + isa_name(static_cast<Isa>(isa)) + (kernel ? " direct" : " packed");
       const Outputs out = forward(layer, one);
       check(last_run().isa == static_cast<Isa>(isa), here + ": the forced ISA ran");
-      check(near(out.y, reference.y, 1e-11) && near(out.h_n, reference.h_n, 1e-11) && near(out.c_n, reference.c_n, 1e-11),
+      check(near(out.y, reference.y, 1e-11) && near(out.h_n, reference.h_n, 1e-11) &&
+                near(out.c_n, reference.c_n, 1e-11),
             here + ": forward");
       const Gradients g = backward(layer, out, one);
       for (const auto pool : {thread_per_part, one_thread}) {
         const Outputs two = forward(layer, {2, pool});
-        check(same_bits(out.y, two.y) && same_bits(out.h_n, two.h_n) && same_bits(out.c_n, two.c_n), here + ": 2 threads, forward");
+        check(same_bits(out.y, two.y) && same_bits(out.h_n, two.h_n) && same_bits(out.c_n, two.c_n),
+              here + ": 2 threads, forward");
         const Gradients g2 = backward(layer, two, {2, pool});
-        check(same_bits(g.x, g2.x) && same_bits(g.h0, g2.h0) && same_bits(g.c0, g2.c0) && same_bits(g.w_ih, g2.w_ih) &&
-                  same_bits(g.w_hh, g2.w_hh) && same_bits(g.b_ih, g2.b_ih) && same_bits(g.b_hh, g2.b_hh) &&
+        check(same_bits(g.x, g2.x) && same_bits(g.h0, g2.h0) && same_bits(g.c0, g2.c0) &&
+                  same_bits(g.w_ih, g2.w_ih) && same_bits(g.w_hh, g2.w_hh) &&
+                  same_bits(g.b_ih, g2.b_ih) && same_bits(g.b_hh, g2.b_hh) &&
                   same_bits(g.w_hr, g2.w_hr),
               here + ": 2 threads, backward");
       }
@@ -199,7 +217,8 @@ void check_layer(const Layer& layer, const std::string& what) {
   force_kernel(-1);
 }
 
-// Teams: all members run at once, the barrier orders their writes, and a pool that brings fewer threads is noticed.
+// Teams: all members run at once, the barrier orders their writes, and a pool that brings fewer
+// threads is noticed.
 void check_teams() {
   struct Shared {
     int slots[4];
@@ -229,9 +248,11 @@ int main() {
   for (int cell = 0; cell < kNumCells; ++cell)
     for (const bool reverse : {false, true})
       for (const bool uneven : {false, true}) {
-        const std::string what = std::string(cell_info(cell).name) + (reverse ? " reverse" : "") + (uneven ? " uneven" : "");
+        const std::string what = std::string(cell_info(cell).name) + (reverse ? " reverse" : "") +
+                                 (uneven ? " uneven" : "");
         check_layer(Layer(cell, 3, 5, 3, 5, 0, uneven, reverse), what + " small");
-        if (cell_info(cell).states == 2) check_layer(Layer(cell, 3, 4, 3, 7, 3, uneven, reverse), what + " projected");
+        if (cell_info(cell).states == 2)
+          check_layer(Layer(cell, 3, 4, 3, 7, 3, uneven, reverse), what + " projected");
       }
   // Large enough for two threads: by rows of the batch, and by units.
   check_layer(Layer(0, 4, 26, 40, 50, 0, false, false), "lstm by rows");
