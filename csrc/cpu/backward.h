@@ -9,6 +9,7 @@
 // after the cell.
 #pragma once
 
+#include "row_product.h"
 #include "share.h"
 
 namespace rnnfast::RNNFAST_TARGET {
@@ -227,10 +228,9 @@ class BackwardPass {
 
   // dh += dgh . w_hh for own rows and outputs.
   void carry_back(int64_t row, int64_t count) {
-    for (int64_t p = output_panels_.begin; p < output_panels_.end; ++p)
-      row_product(outputs_, p, count, !args_.w_hr, Cell::kGates * args_.hidden_size,
-                  s_.dgh + row * s_.gate_row, s_.gate_row, args_.w_hh, s_.w_hh,
-                  s_.dh + rows_.begin * args_.output_size, args_.output_size);
+    row_product(outputs_, output_panels_, count, !args_.w_hr, s_.dgh + row * s_.gate_row,
+                s_.gate_row, {args_.w_hh, s_.w_hh, Cell::kGates * args_.hidden_size},
+                s_.dh + rows_.begin * args_.output_size, args_.output_size);
   }
 
   // Total gradient of the projected h of step t, kept for dw_hr.
@@ -248,42 +248,11 @@ class BackwardPass {
 
   // dm = dh . w_hr for own rows and units.
   void undo_projection(int64_t row, int64_t count) {
-    for (int64_t p = panels_.begin; p < panels_.end; ++p)
-      row_product(units_, p, count, false, args_.output_size, s_.dh_steps + row * args_.output_size,
-                  args_.output_size, args_.w_hr, s_.w_hr, s_.dm + rows_.begin * units_.padded(),
-                  units_.padded());
+    row_product(units_, panels_, count, false, s_.dh_steps + row * args_.output_size,
+                args_.output_size, {args_.w_hr, s_.w_hr, args_.output_size},
+                s_.dm + rows_.begin * units_.padded(), units_.padded());
   }
 
- public:
-  // out (+)= a . w for the columns of panel p, where w is
-  // (K, columns) by rows: packed, or as it is.
-  static void row_product(const Panels<scalar_t>& panels, int64_t p, int64_t rows, bool add,
-                          int64_t k_size, const scalar_t* a, int64_t a_row, const scalar_t* plain,
-                          const scalar_t* packed, scalar_t* out, int64_t out_row) {
-    const int64_t valid = panels.valid(p), column = panels.first(p);
-    Operands<scalar_t> o{k_size,
-                         a,
-                         a_row,
-                         1,
-                         packed ? packed + panels.offset(p) * k_size : plain + column,
-                         packed ? panels.vectors(p) * kLanes : panels.units,
-                         nullptr,
-                         0,
-                         out + column,
-                         out_row};
-    if (packed || valid % kLanes == 0) return multiply_columns(rows, valid, add, o);
-    // Unpacked and ragged: whole vectors as usual, the last columns one by one.
-    const int64_t whole = valid / kLanes * kLanes;
-    if (whole > 0) multiply_columns(rows, whole, add, o);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = whole; c < valid; ++c) {
-        scalar_t sum = add ? o.out[r * out_row + c] : scalar_t(0);
-        for (int64_t k = 0; k < k_size; ++k) sum += a[r * a_row + k] * o.w[k * o.w_k + c];
-        o.out[r * out_row + c] = sum;
-      }
-  }
-
- private:
   const BackwardArgs<scalar_t>& args_;
   const BackwardScratch<scalar_t>& s_;
   const Worker worker_;

@@ -12,8 +12,6 @@ namespace rnnfast::RNNFAST_TARGET {
 namespace {
 
 // k elements of a dx product at a time, so that a panel's slice stays in the cache.
-constexpr int64_t kDepth = 2 * kBlock;
-
 template <class Cell, class scalar_t>
 class GradientPass {
  public:
@@ -216,22 +214,10 @@ class GradientPass {
 
   // dx = dgx . w_ih for the chunk's rows in `range`; dx is contiguous.
   void input_gradient(int64_t base, Range range) {
-    const int64_t gates = Cell::kGates * args_.hidden_size;
-    scalar_t* out = args_.dx + (base + range.begin) * args_.input_size;
-    const scalar_t* a = s_.dgx + range.begin * s_.gate_row;
-    for (int64_t k = 0; k < gates; k += kDepth) {
-      const int64_t depth = smaller(kDepth, gates - k);
-      for (int64_t p = 0; p < inputs_.count(); ++p) {
-        // A slice of k of a packed panel is contiguous, of plain rows likewise.
-        const scalar_t* packed = s_.w_ih ? s_.w_ih + inputs_.offset(p) * gates +
-                                               k * inputs_.vectors(p) * kLanes -
-                                               inputs_.offset(p) * depth
-                                         : nullptr;
-        BackwardPass<Cell, scalar_t>::row_product(inputs_, p, range.size(), k > 0, depth, a + k,
-                                                  s_.gate_row, args_.w_ih + k * args_.input_size,
-                                                  packed, out, args_.input_size);
-      }
-    }
+    row_product(inputs_, Range{0, inputs_.count()}, range.size(), false,
+                s_.dgx + range.begin * s_.gate_row, s_.gate_row,
+                {args_.w_ih, s_.w_ih, Cell::kGates * args_.hidden_size},
+                args_.dx + (base + range.begin) * args_.input_size, args_.input_size);
   }
 
   const BackwardArgs<scalar_t>& args_;
