@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,20 +16,42 @@ def _version(weight: Tensor) -> int:
     return -1 if weight.is_inference() else weight._version
 
 
+def why_not(parameters: Mapping[str, Tensor | None], names: Sequence[str]) -> str | None:
+    """Why a layer can't be frozen, if it can't."""
+    for name in names:
+        weight = parameters.get(name)
+        if weight is None:
+            return (
+                f"freeze() needs weights that are parameters, and {name} is computed from others "
+                "at every call (by a parametrization, say); make it a parameter again with "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+        if not weight.is_cpu or weight.dtype not in (torch.float32, torch.float64):
+            return (
+                "freeze() needs float32 or float64 weights on the CPU, "
+                f"{name} is {weight.dtype} on {weight.device}"
+            )
+    return None
+
+
 class Frozen:
     """Packed weights of a layer, and what they were made from."""
 
     def __init__(
-        self, spec: CellSpec, weights: Sequence[Tensor], names: Sequence[str], count: int
+        self,
+        spec: CellSpec,
+        parameters: Mapping[str, Tensor | None],
+        names: Sequence[str],
+        count: int,
     ) -> None:
-        for weight, name in zip(weights, names, strict=True):
-            if not weight.is_cpu or weight.dtype not in (torch.float32, torch.float64):
-                raise RuntimeError(
-                    "rnnfast: freeze() needs float32 or float64 weights on the CPU, "
-                    f"{name} is {weight.dtype} on {weight.device}"
-                )
+        why = why_not(parameters, names)
+        if why is not None:
+            raise RuntimeError(f"rnnfast: {why}")
+        weights = [w for w in (parameters[name] for name in names) if w is not None]
         each = len(weights) // count
         self._weights = tuple(weights)
+        # they keep the memory: were it freed, other weights could come to lie at the same address
+        self._memory = tuple(weight.detach() for weight in weights)
         self._names = tuple(names)
         self._state = self._look(weights)
         self._isa_changes = engine.isa_changes

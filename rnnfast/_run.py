@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import engine, ops, reference
+from ._checks import check_batch_sizes, check_weights
 from .cells import CellSpec
 
 _forward = ops.forward
@@ -130,7 +131,7 @@ def direction(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
-    packed: Tensor | None,
+    packed_weights: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of one layer: (y, h_n, c_n)."""
@@ -148,7 +149,7 @@ def direction(
         or any(t is not None and t.requires_grad for t in (h0, c0, b_ih, b_hh, w_hr))
     )
     if save:
-        if packed is not None:
+        if packed_weights is not None:
             raise RuntimeError(
                 "rnnfast: a frozen layer gives no gradients; call it under torch.no_grad() or "
                 "torch.inference_mode(), or unfreeze() it"
@@ -156,46 +157,9 @@ def direction(
         # an exported graph is for inference; should it be trained, backward computes `saved` anew
         save = not torch.compiler.is_exporting()
     y, h_n, c_n, _ = _forward(
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, packed, spec.id, reverse, save
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, packed_weights, spec.id, reverse, save
     )
     return y, h_n, c_n
-
-
-def check_weights(
-    spec: CellSpec,
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-) -> None:
-    """The checks of the operators, for the calls that don't reach them."""
-    gates, size = spec.gates, x.size(-1)
-    hidden = w_hh.size(0) // gates
-    if w_hr is not None:
-        hidden = w_hr.size(-1)
-    out = hidden if w_hr is None else w_hr.size(0)
-    rows = gates * hidden
-    recurrent: tuple[str, tuple[int, ...]] = ("(G*H, H)", (rows, hidden))
-    if spec.diagonal:
-        recurrent = ("(H,)", (rows,))
-    elif w_hr is not None:
-        recurrent = ("(G*H, P)", (rows, out))
-    expected: list[tuple[str, Tensor | None, str, tuple[int, ...]]] = [
-        ("w_ih", w_ih, "(G*H, I)", (rows, size)),
-        ("w_hh", w_hh, *recurrent),
-        ("b_ih", b_ih, "(G*H,)", (rows,)),
-        ("b_hh", b_hh, "(G*H,)", (rows,)),
-    ]
-    for name, tensor, letters, shape in expected:
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise RuntimeError(
-                f"rnnfast: {name} must have shape {letters} = {shape}, got {tuple(tensor.shape)}"
-            )
-        if tensor is not None and tensor.dtype != x.dtype:
-            expects, got = (str(t.dtype).removeprefix("torch.") for t in (x, tensor))
-            raise RuntimeError(f"rnnfast: {name} must have the dtype of x, {expects}, got {got}")
 
 
 def stack(
@@ -209,14 +173,17 @@ def stack(
     directions: int,
     dropout: float,
     batch_sizes: Tensor | None,
-    packed: Sequence[Tensor] | None,
+    packed_weights: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions.
 
-    x (T, B, I) or packed (N, I), h0 (L*D, B, P), c0 (L*D, B, H) or None; gives y, h_n (L*D, B, P)
-    and c_n (L*D, B, H), which is empty for cells of one state.
+    x (T, B, I) or packed (N, I), h0 (L*D, B, P), c0 (L*D, B, H) or None; packed_weights: those of
+    a frozen layer. Gives y, h_n (L*D, B, P) and c_n (L*D, B, H), which is empty for cells of one
+    state.
     """
     use_ref = use_reference(x, h0, c0, weights)
+    if use_ref and batch_sizes is not None:
+        check_batch_sizes(batch_sizes, x.size(0))
     if num_layers == 1 and directions == 1:
         b_ih, b_hh = weights[2:4] if bias else (None, None)
         w_hr = weights[-1] if len(weights) % 2 else None
@@ -232,7 +199,7 @@ def stack(
             b_hh,
             w_hr,
             batch_sizes,
-            None if packed is None else packed[0],
+            None if packed_weights is None else packed_weights[0],
             False,
         )
         return y, h_n.unsqueeze(0), c_n
@@ -263,7 +230,7 @@ def stack(
                 b_hh,
                 w_hr,
                 batch_sizes,
-                None if packed is None else packed[i],
+                None if packed_weights is None else packed_weights[i],
                 k == 1,
             )
             ys.append(out)
@@ -293,7 +260,7 @@ def layer(
     batch_first: bool,
     dropout: float,
     bidirectional: bool,
-    packed: Sequence[Tensor] | None,
+    packed_weights: Sequence[Tensor] | None,
 ) -> tuple[Any, Any]:
     """A whole layer as torch.nn has it: input and hx in any of their forms, its errors."""
     two_states = spec.states == 2
@@ -304,7 +271,7 @@ def layer(
     x: Tensor
     if isinstance(input, PackedSequence):
         x, batch_sizes, sorted_indices, unsorted_indices = input
-        batch = int(batch_sizes[0]) if hx is not None else 0
+        batch = int(batch_sizes[0]) if hx is not None and batch_sizes.size(0) else 0
         dims = 2
         batched = True
         if x.dtype != dtype:
@@ -384,8 +351,9 @@ def layer(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
     y, h_n, c_n = stack(
-        spec, x, h0, c0, weights, bias, num_layers, directions, dropout, batch_sizes, packed
-    )
+        spec, x, h0, c0, weights, bias, num_layers, directions, dropout, batch_sizes,
+        packed_weights,
+    )  # fmt: skip
 
     output: Any = y
     if batch_sizes is not None:

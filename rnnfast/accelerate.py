@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .cell_modules import GRUCell, LSTMCell, RNNCell
-from .modules import GRU, LSTM, RNN
+from .modules import GRU, LSTM, RNN, IndRNN
 
 __all__ = ["accelerate", "restore"]
 
@@ -27,22 +27,51 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNNCell: RNNCell,
 }
 _PLAIN = {fast: plain for plain, fast in _FAST.items()}
+_OURS = (*_PLAIN, IndRNN)
 
 # marks what accelerate swapped, so that restore leaves layers built as rnnfast's alone
 _MARK = "_rnnfast_swapped"
 
 
+# the widest gap that alignment leaves between two parameters of cuDNN's buffer
+_PADDING = 512
+
+
+def _is_cudnns(storage: torch.UntypedStorage, group: list[nn.Parameter]) -> bool:
+    """Whether a storage is the buffer that cuDNN's flattening made of these parameters.
+
+    Nobody else may hold it: the flat buffer of an optimizer looks the same, and parameters taken
+    out of that would no longer be trained.
+    """
+    if len(group) < 2:
+        return False
+    # one use for each parameter, one for `storage`
+    if torch._C._storage_Use_Count(storage._cdata) != len(group) + 1:
+        return False
+    end = 0
+    for p in sorted(group, key=lambda p: p.storage_offset()):
+        begin = int(p.storage_offset()) * p.element_size()
+        if not p.is_contiguous() or not 0 <= begin - end < _PADDING:
+            return False
+        end = begin + p.numel() * p.element_size()
+    return 0 <= storage.nbytes() - end < _PADDING
+
+
 def _own_storage(parameters: Iterable[nn.Parameter]) -> None:
-    """Give parameters that are windows of a bigger storage (cuDNN's flattening) their own."""
+    """Give parameters that cuDNN had flattened into one buffer memory of their own."""
+    groups: dict[int, list[nn.Parameter]] = {}
     for p in parameters:
-        if p.untyped_storage().nbytes() > p.numel() * p.element_size():
+        groups.setdefault(p.untyped_storage()._cdata, []).append(p)
+    for group in groups.values():
+        if _is_cudnns(group[0].untyped_storage(), group):
             with torch.no_grad():
-                p.data = p.data.clone()
+                for p in group:
+                    p.data = p.data.clone()
 
 
 def _why_not(module: nn.Module) -> str | None:
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and type(module) not in _FAST:
-        if type(module) in _PLAIN or type(module).__module__.startswith(__package__ or "rnnfast"):
+        if isinstance(module, _OURS):
             return "it is one of rnnfast's already"
         return f"its class {type(module).__name__} is derived from torch.nn's and may differ"
     for name, p in module.named_parameters(recurse=False):
@@ -58,10 +87,18 @@ def accelerate(model: _Model) -> _Model:
 
     The modules stay the same objects with the same Parameter objects: optimizers, hooks, the
     training flag, tied weights and references to the modules stay valid, and so does the
-    ``state_dict``. Parameters that cuDNN had flattened into one storage get storage of their own.
-    Subclasses of torch.nn's layers, and layers whose weights this version has no engine for (not on
-    the CPU, not float32 or float64), are left alone. The logger ``"rnnfast"`` says at INFO what
-    was swapped and what was not, and why.
+    ``state_dict``. Only the class changes: ``isinstance(module, nn.LSTM)`` is False afterwards,
+    ``isinstance(module, rnnfast.LSTM)`` and ``isinstance(module, nn.RNNBase)`` (for cells
+    ``nn.RNNCellBase``) are True.
+
+    Parameters that cuDNN had flattened into one buffer get memory of their own; views of any other
+    buffer (a flat optimizer's, say) stay what they are. Subclasses of torch.nn's layers, and
+    layers whose weights this version has no engine for (not on the CPU, not float32 or float64),
+    are left alone.
+
+    To see what was swapped and what was not, and why, let the logger ``"rnnfast"`` speak before
+    the call, ``logging.basicConfig(level="INFO")``; ``print(rnnfast.explain(model))`` lists
+    rnnfast's layers and what each of them will run.
 
     Args:
         model: a model, or a single layer or cell

@@ -19,7 +19,7 @@ _KERNEL_RAN = (*KERNELS, "diagonal")
 _NAMES = ("auto", "cpu", "reference")
 
 _native = torch.ops.rnnfast
-# read by functional at every call; changed by use_engine only
+# read by _run.use_reference at every call; changed by use_engine only
 forced = "auto"
 # counts changes of ISA: a frozen layer's packed weights belong to one
 isa_changes = 0
@@ -36,6 +36,9 @@ def available_isas() -> list[str]:
 
 def engines() -> list[str]:
     """Names of the engines that can run here, as :func:`use_engine` takes them.
+
+    In this version the same everywhere: a build always has a CPU engine, whose portable kernels
+    need no instruction set, and the reference is Python.
 
     Example::
 

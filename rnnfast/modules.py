@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from . import _run
-from ._freeze import Frozen
+from ._freeze import Frozen, why_not
 from .cells import CellSpec, cell_spec
 
 __all__ = ["GRU", "LSTM", "RNN", "IndRNN"]
@@ -56,6 +56,8 @@ class _Layer(nn.RNNBase):
         Shape: as in the class.
         """
         weights = self._weights()
+        # a traced graph has the plain weights: checks of memory and versions can't be traced
+        use_frozen = self._frozen is not None and not torch.compiler.is_compiling()
         return _run.layer(
             type(self).__name__,
             _SPECS[self.mode],
@@ -70,7 +72,7 @@ class _Layer(nn.RNNBase):
             self.batch_first,
             self.dropout if self.training else 0.0,
             self.bidirectional,
-            None if self._frozen is None else self._frozen.packed(weights),
+            self._frozen.packed(weights) if use_frozen else None,  # type: ignore[union-attr]
         )
 
     def flatten_parameters(self) -> None:
@@ -85,15 +87,22 @@ class _Layer(nn.RNNBase):
 
         Without it each call packs anew where that pays, because weights may change between
         calls. The packed copy costs about the memory of the weights; ``state_dict`` and
-        pickles do not contain it, and a copy of a frozen layer packs its own.
+        pickles do not contain it, and a copy of a frozen layer packs its own. Graphs of
+        torch.compile and torch.export do not use it.
+
+        .. warning::
+            Writing through ``.data`` (``layer.weight_hh_l0.data.mul_(2)``) or NumPy leaves no trace
+            to be checked: the layer goes on with the old weights. Call :meth:`freeze` again, or
+            write under ``torch.no_grad()``, which is noticed.
 
         Returns:
             the layer itself
 
         Raises:
-            RuntimeError: if the weights are not float32 or float64 on the CPU. A call of the
-                frozen layer raises it if gradients are needed, or if a weight was replaced or
-                changed since (then call :meth:`freeze` or :meth:`unfreeze`)
+            RuntimeError: if the weights are not float32 or float64 on the CPU, or not parameters
+                (but computed by a parametrization, say). A call of the frozen layer raises it if
+                gradients are needed, or if a weight was replaced or changed since (then call
+                :meth:`freeze` or :meth:`unfreeze`)
 
         Example::
 
@@ -101,12 +110,9 @@ class _Layer(nn.RNNBase):
             >>> with torch.inference_mode():
             ...     y, state = layer(x)
         """
-        self._frozen = Frozen(
-            _SPECS[self.mode],
-            self._weights(),
-            self._flat_weights_names,
-            self.num_layers * (2 if self.bidirectional else 1),
-        )
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        names = self._flat_weights_names
+        self._frozen = Frozen(_SPECS[self.mode], self._parameters, names, count)
         return self
 
     def unfreeze(self) -> _Layer:
@@ -128,8 +134,8 @@ class _Layer(nn.RNNBase):
         return self
 
     def _refreeze(self) -> None:
-        first = self._weights()[0]
-        if first.is_cpu and first.dtype in (torch.float32, torch.float64):
+        # a copy or a move must not fail over it
+        if why_not(self._parameters, self._flat_weights_names) is None:
             self.freeze()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._checks import check_layer, has_values
 from ._library import load
-from .cells import CELLS
+from .cells import CELLS, cell_spec
 
 __all__ = ["backward", "forward", "pack"]
 
@@ -47,6 +48,15 @@ def _check_devices(x: Tensor, batch_sizes: Tensor | None, **others: Tensor | Non
         )
 
 
+def _batch(batch_sizes: Tensor, state: Tensor | None) -> Any:
+    """The batch of packed rows."""
+    if state is not None:
+        return state.shape[0]
+    if has_values(batch_sizes):  # beside meta tensors it is a real one
+        return int(batch_sizes[0])
+    return torch.library.get_ctx().new_dynamic_size()
+
+
 @torch.library.register_fake("rnnfast::forward")
 def _(
     x: Tensor,
@@ -67,7 +77,8 @@ def _(
         x, batch_sizes, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr,
         packed=packed,
     )  # fmt: skip
-    spec = CELLS[cell]
+    spec = cell_spec(cell)
+    check_layer(spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
     hidden = _hidden(w_ih, cell)
     out = hidden if w_hr is None else w_hr.shape[0]
     if batch_sizes is None:
@@ -75,8 +86,7 @@ def _(
         rows = x.shape[0] * x.shape[1]
         y = x.new_empty((x.shape[0], batch, out))
     else:
-        # without h0 the batch is a value of batch_sizes, which a fake tensor does not have
-        batch = torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.shape[0]
+        batch = _batch(batch_sizes, h0)
         rows = x.shape[0]
         y = x.new_empty((rows, out))
     planes = spec.saved + spec.states - 1 + (w_hr is not None)
@@ -112,12 +122,7 @@ def _(
     batch: Any = 0
     if needs & 6:
         given = next((t for t in (h0, dh_n) if t is not None), None)
-        if batch_sizes is None:
-            batch = x.shape[1]
-        elif given is not None:
-            batch = given.shape[0]
-        else:
-            batch = torch.library.get_ctx().new_dynamic_size()
+        batch = x.shape[1] if batch_sizes is None else _batch(batch_sizes, given)
     gates = w_ih.shape[0]
     shapes: tuple[Any, ...] = (
         x.shape,

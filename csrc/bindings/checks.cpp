@@ -1,5 +1,6 @@
 #include "checks.h"
 
+#include <algorithm>
 #include <cstring>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -87,15 +88,21 @@ void check_same(const char* name, const Tensor& tensor, ScalarType dtype) {
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[4];
   int64_t stride = 1;
+  bool overflow = false;
   for (int i = static_cast<int>(sizes.size()) - 1; i >= 0; --i) {
     strides[i] = stride;
-    stride *= sizes.begin()[i] > 0 ? sizes.begin()[i] : 1;
+    overflow |= __builtin_mul_overflow(stride, std::max<int64_t>(sizes.begin()[i], 1), &stride);
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-      dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
-      aoti_torch_device_type_cpu(), 0, &handle));
+  const auto status = overflow ? AOTI_TORCH_FAILURE
+                               : aoti_torch_empty_strided(
+                                     static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                     dtype == ScalarType::Float ? aoti_torch_dtype_float32()
+                                                                : aoti_torch_dtype_float64(),
+                                     aoti_torch_device_type_cpu(), 0, &handle);
+  if (status != AOTI_TORCH_SUCCESS)
+    fail("a result of shape " + numbers_text(sizes.begin(), static_cast<int64_t>(sizes.size())) +
+         " and type " + dtype_text(dtype) + " can't be allocated");
   const Tensor tensor(handle);
   prefer_huge_pages(tensor);
   return tensor;

@@ -27,16 +27,23 @@ void run_forward_op(int64_t cell, const CheckedLayer& layer, const OptionalTenso
                     const ForwardResult& result, bool save) {
   ForwardArgs<scalar_t> args{};
   layer.fill(args);
+  const Isa isa = active_isa();
   if (packed) {
-    const int64_t size = packed_size(static_cast<int>(cell), args);
-    check_shape("packed", *packed, "(size of the packed weights on this ISA)", {size});
-    args.packed = static_cast<const scalar_t*>(packed->const_data_ptr());
+    const auto made_for = [&](bool good) {
+      if (!good)
+        fail(std::string("packed was made for another ISA, cell or size of weights than ") +
+             layer.cell.name + " on " + isa_name(isa) + "; call pack again");
+    };
+    made_for(packed->numel() == packed_size(isa, static_cast<int>(cell), args));
+    args.packed = panels_of(isa, static_cast<int>(cell), args,
+                            static_cast<const scalar_t*>(packed->const_data_ptr()));
+    made_for(args.packed != nullptr);
   }
   args.y = out<scalar_t>(std::get<0>(result));
   args.h_n = out<scalar_t>(std::get<1>(result));
   args.c_n = out<scalar_t>(std::get<2>(result));
   args.saved = save ? out<scalar_t>(std::get<3>(result)) : nullptr;
-  run_forward(static_cast<int>(cell), args, torch_threads());
+  run_forward(isa, static_cast<int>(cell), args, torch_threads());
 }
 
 ForwardResult forward(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh,
@@ -103,7 +110,7 @@ void run_backward_op(int64_t cell, const CheckedLayer& layer, const IncomingGrad
   args.db_ih = wanted(kDbIh, std::get<5>(result));
   args.db_hh = wanted(kDbHh, std::get<6>(result));
   args.dw_hr = wanted(kDwHr, std::get<7>(result));
-  run_backward(static_cast<int>(cell), args, torch_threads());
+  run_backward(active_isa(), static_cast<int>(cell), args, torch_threads());
 }
 
 BackwardResult backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,
@@ -183,8 +190,9 @@ Tensor pack_op(int64_t cell, const Tensor& w_ih, const Tensor& w_hh, const Optio
   args.w_ih = static_cast<const scalar_t*>(w_ih.const_data_ptr());
   args.w_hh = static_cast<const scalar_t*>(w_hh.const_data_ptr());
   args.w_hr = w_hr ? static_cast<const scalar_t*>(w_hr->const_data_ptr()) : nullptr;
-  Tensor packed = empty({packed_size(static_cast<int>(cell), args)}, dtype);
-  pack_weights(static_cast<int>(cell), args, out<scalar_t>(packed));
+  const Isa isa = active_isa();
+  Tensor packed = empty({packed_size(isa, static_cast<int>(cell), args)}, dtype);
+  pack_weights(isa, static_cast<int>(cell), args, out<scalar_t>(packed));
   return packed;
 }
 

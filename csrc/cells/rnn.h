@@ -25,7 +25,7 @@ struct Relu {
   }
   template <class V>
   RNNFAST_HD static V slope(V y) {
-    return y > V{} ? splat<V>(1.0) : V{};
+    return y <= V{} ? V{} : splat<V>(1.0);  // NaN passes, as in torch
   }
 };
 

@@ -3,7 +3,7 @@
 // The CPU kernels are compiled once an instruction set. If two such copies of one inline function
 // had the same name, the linker could keep the AVX-512 one for everybody, so every header that
 // holds code for kernels opens `namespace rnnfast::RNNFAST_TARGET { namespace {`: the names differ
-// and no symbol is weak (tests/test_symbols.py).
+// and no symbol is weak (tests/test_core.py).
 #pragma once
 
 #include <cstdint>

@@ -73,13 +73,8 @@ class BackwardPass {
         s_(scratch),
         worker_(worker),
         units_{args.hidden_size, 1},
-        outputs_{args.output_size, 1} {
-    by_units_ = choice.split != Split::kBatch;
-    rows_ = by_units_ ? Range{0, args.batch} : rows_part(args, worker.index, worker.count);
-    panels_ =
-        by_units_ ? part_of(units_.count(), worker.index, worker.count) : Range{0, units_.count()};
-    output_panels_ = by_units_ ? part_of(outputs_.count(), worker.index, worker.count)
-                               : Range{0, outputs_.count()};
+        outputs_{args.output_size, 1},
+        mine_(share_of(args, choice, worker, units_, outputs_)) {
     planes_ = Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0);
   }
 
@@ -99,8 +94,9 @@ class BackwardPass {
             units_, p, args_.output_size,
             [&](int64_t k) { return args_.w_hr + k * args_.hidden_size; }, s_.w_hr);
 
-    const Range outputs = columns_of(outputs_, output_panels_), units = columns_of(units_, panels_);
-    for (int64_t b = rows_.begin; b < rows_.end; ++b) {
+    const Range outputs = columns_of(outputs_, mine_.output_panels),
+                units = columns_of(units_, mine_.panels);
+    for (int64_t b = mine_.rows.begin; b < mine_.rows.end; ++b) {
       const int64_t at = b * args_.output_size;
       for (int64_t u = outputs.begin; u < outputs.end; ++u)
         s_.dh[at + u] = args_.dh_n ? args_.dh_n[at + u] : scalar_t(0);
@@ -117,21 +113,22 @@ class BackwardPass {
   // `carry`: whether dh of the step before is wanted. Ends with a barrier, so that all workers may
   // read the step's dgx and dgh.
   void step(int64_t t, int64_t base, bool carry) {
-    const int64_t count = smaller(rows_.end, active(args_, t)) - rows_.begin;
-    const int64_t row = first_row(args_, t) - base + rows_.begin;  // of the chunk
+    const int64_t count = smaller(mine_.rows.end, active(args_, t)) - mine_.rows.begin;
+    const int64_t row = first_row(args_, t) - base + mine_.rows.begin;  // of the chunk
     if (args_.w_hr) {
       if (count > 0) take_output_gradient(t, row, count);
       barrier_if_shared();
       if (count > 0) undo_projection(row, count);
     }
-    for (int64_t r = 0; r < count; ++r) cell_row(t, rows_.begin + r, row + r);
+    for (int64_t r = 0; r < count; ++r) cell_row(t, mine_.rows.begin + r, row + r);
     if (Cell::kRecurrence == Recurrence::kDense) barrier_if_shared();
     if (Cell::kRecurrence == Recurrence::kDense && carry && count > 0) carry_back(row, count);
   }
 
   void finish() {
-    const Range outputs = columns_of(outputs_, output_panels_), units = columns_of(units_, panels_);
-    for (int64_t b = rows_.begin; b < rows_.end; ++b) {
+    const Range outputs = columns_of(outputs_, mine_.output_panels),
+                units = columns_of(units_, mine_.panels);
+    for (int64_t b = mine_.rows.begin; b < mine_.rows.end; ++b) {
       const int64_t at = b * args_.output_size;
       if (args_.dh0)
         for (int64_t u = outputs.begin; u < outputs.end; ++u) args_.dh0[at + u] = s_.dh[at + u];
@@ -163,13 +160,8 @@ class BackwardPass {
   static constexpr int64_t kLanes = lanes_of<scalar_t>;
   using V = vector_of<scalar_t>;
 
-  static Range columns_of(const Panels<scalar_t>& panels, Range range) {
-    return {smaller(panels.first(range.begin), panels.units),
-            smaller(panels.first(range.end), panels.units)};
-  }
-
   void barrier_if_shared() {
-    if (by_units_) barrier(worker_);
+    if (mine_.by_units) barrier(worker_);
   }
 
   // The cell's backward for one row and the own units, in
@@ -181,7 +173,7 @@ class BackwardPass {
                              : nullptr;
     const scalar_t* before[Cell::kStates];
     for (int k = 0; k < Cell::kStates; ++k) before[k] = state_before(k, t, b);
-    const Range units = columns_of(units_, panels_);
+    const Range units = columns_of(units_, mine_.panels);
     for (int64_t unit = units.begin; unit < units.end; unit += kLanes) {
       const int64_t left = args_.hidden_size - unit;
       V kept[at_least_one<Cell::kSaved>], prev[Cell::kStates], next[Cell::kStates],
@@ -228,16 +220,16 @@ class BackwardPass {
 
   // dh += dgh . w_hh for own rows and outputs.
   void carry_back(int64_t row, int64_t count) {
-    row_product(outputs_, output_panels_, count, !args_.w_hr, s_.dgh + row * s_.gate_row,
+    row_product(outputs_, mine_.output_panels, count, !args_.w_hr, s_.dgh + row * s_.gate_row,
                 s_.gate_row, {args_.w_hh, s_.w_hh, Cell::kGates * args_.hidden_size},
-                s_.dh + rows_.begin * args_.output_size, args_.output_size);
+                s_.dh + mine_.rows.begin * args_.output_size, args_.output_size);
   }
 
   // Total gradient of the projected h of step t, kept for dw_hr.
   void take_output_gradient(int64_t t, int64_t row, int64_t count) {
-    const Range outputs = columns_of(outputs_, output_panels_);
+    const Range outputs = columns_of(outputs_, mine_.output_panels);
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t b = rows_.begin + r;
+      const int64_t b = mine_.rows.begin + r;
       const scalar_t* dy =
           args_.dy.data ? step_of(args_, args_.dy, t) + b * args_.dy.row_stride : nullptr;
       for (int64_t u = outputs.begin; u < outputs.end; ++u)
@@ -248,17 +240,16 @@ class BackwardPass {
 
   // dm = dh . w_hr for own rows and units.
   void undo_projection(int64_t row, int64_t count) {
-    row_product(units_, panels_, count, false, s_.dh_steps + row * args_.output_size,
+    row_product(units_, mine_.panels, count, false, s_.dh_steps + row * args_.output_size,
                 args_.output_size, {args_.w_hr, s_.w_hr, args_.output_size},
-                s_.dm + rows_.begin * units_.padded(), units_.padded());
+                s_.dm + mine_.rows.begin * units_.padded(), units_.padded());
   }
 
   const BackwardArgs<scalar_t>& args_;
   const BackwardScratch<scalar_t>& s_;
   const Worker worker_;
   const Panels<scalar_t> units_, outputs_;
-  bool by_units_;
-  Range rows_, panels_, output_panels_;
+  const Share mine_;
   int planes_;
 };
 

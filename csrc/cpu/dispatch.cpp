@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <new>
 
@@ -167,13 +168,15 @@ const KernelTable& kernels(Isa isa) {
 const LastRun& last_run() { return last_run_value; }
 
 Choice choose_for(const Shape& shape, int threads) {
-  static const int processors = usable_processors();
-  return choose_engine(shape, std::min(threads, processors), forced_kernel());
+  const Choice choice = choose_engine(shape, threads, forced_kernel());
+  if (choice.threads == 1) return choice;
+  // Asked each time, since a process may be pinned later; a system call only where threads are
+  // used.
+  return choose_engine(shape, std::min(threads, usable_processors()), forced_kernel());
 }
 
 template <class scalar_t>
-void run_forward(int cell, const ForwardArgs<scalar_t>& args, const Threads& threads) {
-  const Isa isa = active_isa();
+void run_forward(Isa isa, int cell, const ForwardArgs<scalar_t>& args, const Threads& threads) {
   Choice choice = choose_for(shape_of(cell, args), threads.count);
   if (args.packed) {
     choice.kernel_ih = Kernel::kPacked;
@@ -184,29 +187,55 @@ void run_forward(int cell, const ForwardArgs<scalar_t>& args, const Threads& thr
 }
 
 template <class scalar_t>
-void run_backward(int cell, const BackwardArgs<scalar_t>& args, const Threads& threads) {
-  const Isa isa = active_isa();
+void run_backward(Isa isa, int cell, const BackwardArgs<scalar_t>& args, const Threads& threads) {
   const auto& k = cell_kernels<scalar_t>(isa, cell);
   run_call(args, choose_for(shape_of(cell, args), threads.count), threads, isa, k.backward_scratch,
            k.backward);
 }
 
+namespace {
+
+constexpr int64_t kHeader = 16;  // elements, so that panels stay aligned as the buffer is
+
 template <class scalar_t>
-int64_t packed_size(int cell, const LayerArgs<scalar_t>& args) {
-  return cell_kernels<scalar_t>(active_isa(), cell)
-      .packed_size(args.input_size, args.hidden_size, args.output_size, args.w_hr != nullptr);
+void write_header(Isa isa, int cell, const LayerArgs<scalar_t>& args, scalar_t (&header)[kHeader]) {
+  const int64_t numbers[] = {static_cast<int64_t>(isa), cell,
+                             args.input_size,           args.hidden_size,
+                             args.output_size,          args.w_hr != nullptr};
+  for (scalar_t& number : header) number = 0;
+  for (size_t i = 0; i < std::size(numbers); ++i) header[i] = static_cast<scalar_t>(numbers[i]);
+}
+
+}  // namespace
+
+template <class scalar_t>
+int64_t packed_size(Isa isa, int cell, const LayerArgs<scalar_t>& args) {
+  return kHeader + cell_kernels<scalar_t>(isa, cell).packed_size(
+                       args.input_size, args.hidden_size, args.output_size, args.w_hr != nullptr);
 }
 
 template <class scalar_t>
-void pack_weights(int cell, const LayerArgs<scalar_t>& args, scalar_t* packed) {
-  cell_kernels<scalar_t>(active_isa(), cell).pack(args, packed);
+void pack_weights(Isa isa, int cell, const LayerArgs<scalar_t>& args, scalar_t* packed) {
+  scalar_t header[kHeader];
+  write_header(isa, cell, args, header);
+  std::copy(std::begin(header), std::end(header), packed);
+  cell_kernels<scalar_t>(isa, cell).pack(args, packed + kHeader);
 }
 
-#define RNNFAST_INSTANTIATE(scalar_t)                                             \
-  template void run_forward(int, const ForwardArgs<scalar_t>&, const Threads&);   \
-  template void run_backward(int, const BackwardArgs<scalar_t>&, const Threads&); \
-  template int64_t packed_size(int, const LayerArgs<scalar_t>&);                  \
-  template void pack_weights(int, const LayerArgs<scalar_t>&, scalar_t*);
+template <class scalar_t>
+const scalar_t* panels_of(Isa isa, int cell, const LayerArgs<scalar_t>& args,
+                          const scalar_t* packed) {
+  scalar_t header[kHeader];
+  write_header(isa, cell, args, header);
+  return std::equal(std::begin(header), std::end(header), packed) ? packed + kHeader : nullptr;
+}
+
+#define RNNFAST_INSTANTIATE(scalar_t)                                                  \
+  template void run_forward(Isa, int, const ForwardArgs<scalar_t>&, const Threads&);   \
+  template void run_backward(Isa, int, const BackwardArgs<scalar_t>&, const Threads&); \
+  template int64_t packed_size(Isa, int, const LayerArgs<scalar_t>&);                  \
+  template void pack_weights(Isa, int, const LayerArgs<scalar_t>&, scalar_t*);         \
+  template const scalar_t* panels_of(Isa, int, const LayerArgs<scalar_t>&, const scalar_t*);
 RNNFAST_INSTANTIATE(float)
 RNNFAST_INSTANTIATE(double)
 

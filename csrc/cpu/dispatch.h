@@ -68,13 +68,21 @@ const LastRun& last_run();
 
 Choice choose_for(const Shape& shape, int threads);
 
+// The ISA is an argument, read once an operator: packed weights fit one ISA, and another thread may
+// force another one meanwhile.
 template <class scalar_t>
-void run_forward(int cell, const ForwardArgs<scalar_t>& args, const Threads& threads);
+void run_forward(Isa isa, int cell, const ForwardArgs<scalar_t>& args, const Threads& threads);
 template <class scalar_t>
-void run_backward(int cell, const BackwardArgs<scalar_t>& args, const Threads& threads);
+void run_backward(Isa isa, int cell, const BackwardArgs<scalar_t>& args, const Threads& threads);
+
+// Packed weights: a header that tells what they were made for, then panels. Sizes in elements.
 template <class scalar_t>
-int64_t packed_size(int cell, const LayerArgs<scalar_t>& args);
+int64_t packed_size(Isa isa, int cell, const LayerArgs<scalar_t>& args);
 template <class scalar_t>
-void pack_weights(int cell, const LayerArgs<scalar_t>& args, scalar_t* packed);
+void pack_weights(Isa isa, int cell, const LayerArgs<scalar_t>& args, scalar_t* packed);
+// The panels behind a header that was made for this ISA, cell and sizes, or null.
+template <class scalar_t>
+const scalar_t* panels_of(Isa isa, int cell, const LayerArgs<scalar_t>& args,
+                          const scalar_t* packed);
 
 }  // namespace rnnfast

@@ -79,16 +79,10 @@ class ForwardPass {
         s_(scratch),
         worker_(worker),
         gates_{args.hidden_size, Cell::kGates},
-        outputs_{args.output_size, 1} {
-    by_units_ = choice.split != Split::kBatch;
-    const Range whole_rows{0, args.batch};
-    rows_ = by_units_ ? whole_rows : rows_part(args, worker.index, worker.count);
-    panels_ =
-        by_units_ ? part_of(gates_.count(), worker.index, worker.count) : Range{0, gates_.count()};
-    output_panels_ = by_units_ ? part_of(outputs_.count(), worker.index, worker.count)
-                               : Range{0, outputs_.count()};
+        outputs_{args.output_size, 1},
+        mine_(share_of(args, choice, worker, gates_, outputs_)) {
     gx_row_ = gates_.padded();
-    gx_ = scratch.gx + (by_units_ ? 0 : worker.index * scratch.gx_size);
+    gx_ = scratch.gx + (mine_.by_units ? 0 : worker.index * scratch.gx_size);
     planes_ = Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0);
   }
 
@@ -123,36 +117,32 @@ class ForwardPass {
   // What this step wrote is read by workers that own other
   // units; workers that own rows read only their own.
   void share_units() {
-    if (by_units_) barrier(worker_);
+    if (mine_.by_units) barrier(worker_);
   }
 
   // Own panels when panels are divided; a share of all panels when rows are.
   void pack_weights() {
-    const Range mine = by_units_ ? panels_ : part_of(gates_.count(), worker_.index, worker_.count);
-    for (int64_t p = mine.begin; p < mine.end; ++p) {
+    const Range packs =
+        mine_.by_units ? mine_.panels : part_of(gates_.count(), worker_.index, worker_.count);
+    for (int64_t p = packs.begin; p < packs.end; ++p) {
       if (s_.w_ih_out) pack_units(gates_, p, args_.input_size, args_.w_ih, s_.w_ih_out);
       if (s_.w_hh_out) pack_units(gates_, p, args_.output_size, args_.w_hh, s_.w_hh_out);
       if (s_.w_ih && args_.b_ih) pack_bias(gates_, p, args_.b_ih, s_.b_ih);
       if (s_.w_hh && args_.b_hh) pack_bias(gates_, p, args_.b_hh, s_.b_hh);
     }
-    const Range mine_out =
-        by_units_ ? output_panels_ : part_of(outputs_.count(), worker_.index, worker_.count);
+    const Range mine_out = mine_.by_units ? mine_.output_panels
+                                          : part_of(outputs_.count(), worker_.index, worker_.count);
     if (s_.w_hr_out)
       for (int64_t p = mine_out.begin; p < mine_out.end; ++p)
         pack_units(outputs_, p, args_.hidden_size, args_.w_hr, s_.w_hr_out);
   }
 
-  static Range columns_of(const Panels<scalar_t>& panels, Range range) {
-    return {smaller(panels.first(range.begin), panels.units),
-            smaller(panels.first(range.end), panels.units)};
-  }
-
   // h0 goes to both buffers: a row that enters late
   // (packed, reverse) finds it in whichever is current.
   void start_states() {
-    const Range units = columns_of(gates_, panels_);
-    const Range outputs = args_.w_hr ? columns_of(outputs_, output_panels_) : units;
-    for (int64_t b = rows_.begin; b < rows_.end; ++b) {
+    const Range units = columns_of(gates_, mine_.panels);
+    const Range outputs = args_.w_hr ? columns_of(outputs_, mine_.output_panels) : units;
+    for (int64_t b = mine_.rows.begin; b < mine_.rows.end; ++b) {
       for (int64_t u = outputs.begin; u < outputs.end; ++u)
         s_.h[0][b * s_.h_row + u] = s_.h[1][b * s_.h_row + u] =
             args_.h0 ? args_.h0[b * args_.output_size + u] : scalar_t(0);
@@ -166,9 +156,9 @@ class ForwardPass {
 
   // gx = x . w_ih^T + b_ih for the chunk's steps, own rows and panels.
   void project_inputs(Range chunk) {
-    for (int64_t p = panels_.begin; p < panels_.end; ++p) {
+    for (int64_t p = mine_.panels.begin; p < mine_.panels.end; ++p) {
       const int64_t base = first_row(args_, chunk.begin);
-      const int64_t steps = chunk.size(), rows = rows_.size();
+      const int64_t steps = chunk.size(), rows = mine_.rows.size();
       const bool whole = rows == args_.batch;
       const bool even = args_.x.step_stride == args_.batch * args_.x.row_stride;
       if (whole && (args_.batch_sizes || even || args_.batch == 1)) {
@@ -178,15 +168,16 @@ class ForwardPass {
         input_product(p, step_of(args_, args_.x, chunk.begin), stride,
                       first_row(args_, chunk.end) - base, 0, 1);
       } else if (!args_.batch_sizes && steps > rows) {
-        for (int64_t b = rows_.begin; b < rows_.end; ++b)
+        for (int64_t b = mine_.rows.begin; b < mine_.rows.end; ++b)
           input_product(p, step_of(args_, args_.x, chunk.begin) + b * args_.x.row_stride,
                         args_.x.step_stride, steps, b, args_.batch);
       } else {
         for (int64_t t = chunk.begin; t < chunk.end; ++t) {
-          const int64_t count = smaller(rows_.end, active(args_, t)) - rows_.begin;
+          const int64_t count = smaller(mine_.rows.end, active(args_, t)) - mine_.rows.begin;
           if (count > 0)
-            input_product(p, step_of(args_, args_.x, t) + rows_.begin * args_.x.row_stride,
-                          args_.x.row_stride, count, first_row(args_, t) - base + rows_.begin, 1);
+            input_product(p, step_of(args_, args_.x, t) + mine_.rows.begin * args_.x.row_stride,
+                          args_.x.row_stride, count, first_row(args_, t) - base + mine_.rows.begin,
+                          1);
         }
       }
     }
@@ -221,13 +212,13 @@ class ForwardPass {
 
   // Step t: for each tile of rows and panel, gh = h . w_hh^T + b_hh, then the cell.
   void recurrent_step(int64_t t, int64_t chunk_begin, const scalar_t* h, scalar_t* h_next) {
-    const int64_t count = smaller(rows_.end, active(args_, t)) - rows_.begin;
+    const int64_t count = smaller(mine_.rows.end, active(args_, t)) - mine_.rows.begin;
     if (count <= 0) return;
     const scalar_t* gx = gx_ + (first_row(args_, t) - first_row(args_, chunk_begin)) * gx_row_;
     alignas(64) scalar_t gh[kMaxRows][kMaxVectors * kLanes];
-    for (int64_t p = panels_.begin; p < panels_.end; ++p) {
+    for (int64_t p = mine_.panels.begin; p < mine_.panels.end; ++p) {
       for_row_tiles(count, gates_.vectors(p), [&](int64_t row, int height) {
-        const int64_t b = rows_.begin + row;
+        const int64_t b = mine_.rows.begin + row;
         fetch_saved(p, first_row(args_, t) + b, height);
         if constexpr (Cell::kRecurrence == Recurrence::kDense) {
           gate_product(p, height, args_.output_size, h + b * s_.h_row, s_.h_row, s_.w_hh,
@@ -310,13 +301,13 @@ class ForwardPass {
 
   // h = m . w_hr^T for the own columns of the output.
   void project_hidden(int64_t t, scalar_t* h_next) {
-    const int64_t count = smaller(rows_.end, active(args_, t)) - rows_.begin;
+    const int64_t count = smaller(mine_.rows.end, active(args_, t)) - mine_.rows.begin;
     if (count <= 0) return;
     const int64_t hidden = args_.hidden_size, outputs = args_.output_size;
-    const scalar_t* m = s_.m + rows_.begin * s_.m_row;
-    for (int64_t p = output_panels_.begin; p < output_panels_.end; ++p) {
+    const scalar_t* m = s_.m + mine_.rows.begin * s_.m_row;
+    for (int64_t p = mine_.output_panels.begin; p < mine_.output_panels.end; ++p) {
       const int64_t column = outputs_.first(p), valid = outputs_.valid(p);
-      scalar_t* out = h_next + rows_.begin * s_.h_row + column;
+      scalar_t* out = h_next + mine_.rows.begin * s_.h_row + column;
       if (s_.w_hr)
         multiply(count, outputs_.vectors(p),
                  Operands<scalar_t>{hidden, m, s_.m_row, 1, s_.w_hr + outputs_.offset(p) * hidden,
@@ -325,7 +316,7 @@ class ForwardPass {
         multiply_direct(count, valid, hidden, m, s_.m_row, args_.w_hr + column * hidden, hidden,
                         static_cast<const scalar_t*>(nullptr), out, s_.h_row);
       for (int64_t r = 0; r < count; ++r) {
-        const int64_t b = rows_.begin + r;
+        const int64_t b = mine_.rows.begin + r;
         scalar_t* y = args_.y + (first_row(args_, t) + b) * outputs + column;
         for (int64_t c = 0; c < valid; ++c) y[c] = out[r * s_.h_row + c];
         if (is_last(t, b))
@@ -338,8 +329,7 @@ class ForwardPass {
   const ForwardScratch<scalar_t>& s_;
   const Worker worker_;
   const Panels<scalar_t> gates_, outputs_;
-  bool by_units_;
-  Range rows_, panels_, output_panels_;
+  const Share mine_;
   int64_t gx_row_;
   scalar_t* gx_;
   int planes_;

@@ -47,6 +47,13 @@ struct Panels {
   RNNFAST_HD int64_t padded() const { return gates * divide_up(units, kLanes) * kLanes; }
 };
 
+// The units (or columns) of a range of panels.
+template <class scalar_t>
+Range columns_of(const Panels<scalar_t>& panels, Range range) {
+  return {smaller(panels.first(range.begin), panels.units),
+          smaller(panels.first(range.end), panels.units)};
+}
+
 // --- transposition of a square of lanes x lanes elements, in log2(lanes) rounds of swaps ---
 
 template <int stage, class V, std::size_t... lane>

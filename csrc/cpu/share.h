@@ -61,6 +61,26 @@ Range rows_part(const LayerArgs<scalar_t>& args, int64_t index, int64_t count) {
   return range;
 }
 
+// What one worker does: all units of some rows, or some panels of units of all rows.
+struct Share {
+  bool by_units;
+  Range rows, panels, output_panels;
+};
+
+template <class scalar_t>
+Share share_of(const LayerArgs<scalar_t>& args, const Choice& choice, const Worker& worker,
+               const Panels<scalar_t>& units, const Panels<scalar_t>& outputs) {
+  if (choice.split == Split::kBatch)
+    return {false,
+            rows_part(args, worker.index, worker.count),
+            {0, units.count()},
+            {0, outputs.count()}};
+  return {true,
+          {0, args.batch},
+          part_of(units.count(), worker.index, worker.count),
+          part_of(outputs.count(), worker.index, worker.count)};
+}
+
 // Consecutive steps [lo, hi) handled together. Starts at `from` in the direction of `down`, holds
 // at least `target` rows if there are as many, and never depends on the number of threads.
 template <class scalar_t>

@@ -106,7 +106,7 @@ Outputs forward(const Layer& layer, const Threads& threads) {
   layer.fill(args);
   args.y = out.y.data(), args.h_n = out.h_n.data(), args.c_n = out.c_n.data(),
   args.saved = out.saved.data();
-  run_forward(layer.cell, args, threads);
+  run_forward(active_isa(), layer.cell, args, threads);
   return out;
 }
 
@@ -144,7 +144,7 @@ Gradients backward(const Layer& layer, const Outputs& out, const Threads& thread
   args.dx = g.x.data(), args.dh0 = g.h0.data(), args.dc0 = g.c0.data(), args.dw_ih = g.w_ih.data();
   args.dw_hh = g.w_hh.data(), args.db_ih = g.b_ih.data(), args.db_hh = g.b_hh.data();
   args.dw_hr = layer.w_hr.empty() ? nullptr : g.w_hr.data();
-  run_backward(layer.cell, args, threads);
+  run_backward(active_isa(), layer.cell, args, threads);
   return g;
 }
 

@@ -1,0 +1,98 @@
+"""The sentences of setup.py when something is missing. Nothing is built: the tools are fakes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ("cmake", "ninja", "c++")
+
+# setup.py as `python setup.py build_ext` runs it, by an interpreter that has neither cmake nor
+# ninja beside it, and (on demand) without torch.
+RUN = """
+import runpy, sys
+folder, without_torch, *arguments = sys.argv[1:]
+sys.executable = folder + "/python"
+if without_torch == "yes":
+    sys.modules["torch"] = None
+sys.argv = ["setup.py", *arguments]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def build(
+    folder: Path, *, missing: str = "", status: int = 0, **environment: str
+) -> tuple[int, str]:
+    """Runs the build with fake tools that note their arguments and end with `status`."""
+    tools = folder / "bin"
+    tools.mkdir()
+    for name in TOOLS:
+        if name != missing:
+            tool = tools / name
+            tool.write_text(f'#!/bin/sh\necho "{name} $@" >> "{folder}/calls"\nexit {status}\n')
+            tool.chmod(0o755)
+    own = ("CXX", "PYTHONPATH")
+    clean = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("RNNFAST_")}
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN, str(tools), "yes" if missing == "torch" else "no"]
+        + ["build_ext", "--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")],
+        cwd=ROOT,
+        env=clean | {"PATH": str(tools), "RNNFAST_BUILD_DIR": str(folder / "build")} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return ran.returncode, ran.stdout + ran.stderr
+
+
+def calls(folder: Path) -> str:
+    path = folder / "calls"
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("torch", "rnnfast: torch is not installed in this environment; install torch"),
+        ("cmake", "rnnfast: cmake was not found; install it with `pip install cmake`"),
+        ("ninja", "rnnfast: ninja was not found; install it with `pip install ninja`"),
+        ("c++", "rnnfast: no C++ compiler was found (looked for c++, g++, clang++); install g++"),
+    ],
+)
+def test_missing(tmp_path: Path, missing: str, sentence: str) -> None:
+    """One sentence that says what to install, no traceback, and no tool has been started."""
+    status, text = build(tmp_path, missing=missing)
+    assert status != 0 and sentence in text, text
+    assert "Traceback" not in text and not calls(tmp_path)
+
+
+def test_missing_compiler_that_was_asked_for(tmp_path: Path) -> None:
+    status, text = build(tmp_path, CXX="no-such-compiler -m64")
+    assert status != 0 and "no C++ compiler was found (looked for no-such-compiler)" in text, text
+    assert "Traceback" not in text and not calls(tmp_path)
+
+
+def test_bad_cuda_value(tmp_path: Path) -> None:
+    status, text = build(tmp_path, RNNFAST_CUDA="yes")
+    assert status != 0 and "rnnfast: RNNFAST_CUDA must be auto, 0 or 1, got 'yes'" in text, text
+    assert "Traceback" not in text and not calls(tmp_path)
+
+
+def test_failed_build(tmp_path: Path) -> None:
+    status, text = build(tmp_path, status=1)
+    assert status != 0 and "rnnfast: the build failed in" in text, text
+    assert "Traceback" not in text
+
+
+def test_tools_are_called(tmp_path: Path) -> None:
+    """The fakes are what runs, so the tests above fail for the reason that they name."""
+    status, text = build(tmp_path, RNNFAST_CUDA="0")
+    assert status == 0, text
+    configure, make = calls(tmp_path).splitlines()
+    assert configure.startswith("cmake -S") and "-DRNNFAST_CUDA=0" in configure
+    assert make.startswith("cmake --build")
