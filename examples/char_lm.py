@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,12 +160,21 @@ def one_ulp_away(model: CharModel) -> CharModel:
     return model
 
 
+def accelerated(model: Any) -> Any:
+    """A copy after ``rnnfast.accelerate``; never torch.nn's layers under rnnfast's name."""
+    model = rnnfast.accelerate(copy.deepcopy(model))
+    for row in rnnfast.explain(model).rows:
+        if row.engine != "cpu" and not row.engine.startswith("cuda"):
+            sys.exit(f"char_lm: rnnfast does not run {row.layer or 'the layer'}: {row.reason}")
+    return model
+
+
 def make_runs(args: argparse.Namespace, corpus: Corpus) -> list[Run]:
     torch.manual_seed(args.seed)
     model = CharModel(len(corpus.chars), args.embedding, args.hidden, args.layers).to(args.device)
     models = {
         "torch.nn": copy.deepcopy(model),
-        "rnnfast": rnnfast.accelerate(copy.deepcopy(model)),
+        "rnnfast": accelerated(model),
         "torch.nn + 1 ulp": one_ulp_away(copy.deepcopy(model)),
     }
     return [Run(name, model, args.lr, args.steps) for name, model in models.items()]
@@ -271,7 +281,7 @@ def time_shape(shape: Shape, device: torch.device, seconds: float) -> tuple[floa
         bidirectional=shape.bidirectional,
         device=device,
     )
-    ours = rnnfast.accelerate(copy.deepcopy(theirs))
+    ours = accelerated(theirs)
     x = torch.randn(shape.seq_len, shape.batch, shape.hidden, device=device)
     calls = [make_call(layer, x, shape.training) for layer in (theirs, ours)]
     torch.testing.assert_close(calls[1](), calls[0](), rtol=1e-4, atol=1e-5)
@@ -431,11 +441,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="torch's number of threads")
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="the picture")
     args = parser.parse_args()
-    has_engine = any("cuda" in str(name) for name in rnnfast.engines())
+    gpu, engines = torch.cuda.is_available(), rnnfast.engines()
+    if args.device == "cuda" and not gpu:
+        parser.error("torch finds no GPU here; use --device cpu")
+    if gpu and args.device != "cpu" and "cuda" not in engines:
+        no_engine = f"this version of rnnfast has no engine for a GPU, only {', '.join(engines)}"
+        if args.device == "cuda":
+            parser.error(f"{no_engine}; use --device cpu")
+        print(f"{no_engine}: all three copies run on the CPU")
     if args.device == "auto":
-        args.device = "cuda" if has_engine and torch.cuda.is_available() else "cpu"
-    elif args.device == "cuda" and not (has_engine and torch.cuda.is_available()):
-        parser.error(f"no CUDA engine can run here; rnnfast has {rnnfast.engines()}")
+        args.device = "cuda" if gpu and "cuda" in engines else "cpu"
     args.device = torch.device(args.device)
     if args.steps < 2 * BLOCK:
         parser.error(f"--steps must be at least {2 * BLOCK}, got {args.steps}")

@@ -56,8 +56,9 @@ class _Layer(nn.RNNBase):
         Shape: as in the class.
         """
         weights = self._weights()
-        # a traced graph has the plain weights: checks of memory and versions can't be traced
-        use_frozen = self._frozen is not None and not torch.compiler.is_compiling()
+        frozen = self._frozen
+        if frozen is not None and torch.compiler.is_compiling():
+            frozen = None  # its checks of memory and versions can't be traced
         return _run.layer(
             type(self).__name__,
             _SPECS[self.mode],
@@ -72,7 +73,7 @@ class _Layer(nn.RNNBase):
             self.batch_first,
             self.dropout if self.training else 0.0,
             self.bidirectional,
-            self._frozen.packed(weights) if use_frozen else None,  # type: ignore[union-attr]
+            None if frozen is None else frozen.packed(weights),
         )
 
     def flatten_parameters(self) -> None:
@@ -92,17 +93,16 @@ class _Layer(nn.RNNBase):
 
         .. warning::
             Writing through ``.data`` (``layer.weight_hh_l0.data.mul_(2)``) or NumPy leaves no trace
-            to be checked: the layer goes on with the old weights. Call :meth:`freeze` again, or
-            write under ``torch.no_grad()``, which is noticed.
+            to be checked: the layer goes on with the old weights. Write under ``torch.no_grad()``,
+            which is noticed, or call :meth:`freeze` again.
 
         Returns:
             the layer itself
 
         Raises:
-            RuntimeError: if the weights are not float32 or float64 on the CPU, or not parameters
-                (but computed by a parametrization, say). A call of the frozen layer raises it if
-                gradients are needed, or if a weight was replaced or changed since (then call
-                :meth:`freeze` or :meth:`unfreeze`)
+            RuntimeError: if the weights are no parameters (parametrized, say), or not float32 or
+                float64 on the CPU. A call of the frozen layer raises it if gradients are needed, or
+                if a weight was replaced or changed since (then :meth:`freeze` or :meth:`unfreeze`)
 
         Example::
 
@@ -111,8 +111,7 @@ class _Layer(nn.RNNBase):
             ...     y, state = layer(x)
         """
         count = self.num_layers * (2 if self.bidirectional else 1)
-        names = self._flat_weights_names
-        self._frozen = Frozen(_SPECS[self.mode], self._parameters, names, count)
+        self._frozen = Frozen(_SPECS[self.mode], self._parameters, self._flat_weights_names, count)
         return self
 
     def unfreeze(self) -> _Layer:

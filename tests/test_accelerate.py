@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import pickle
+from typing import Any
 
 import cases
 import pytest
@@ -216,11 +218,11 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().out == ""
 
 
-def flatten(layer: nn.LSTM) -> Tensor:
-    """What cuDNN's flatten_parameters leaves behind: all parameters are views of one buffer."""
-    total = sum(p.numel() for p in layer.parameters())
+def flatten(module: nn.Module) -> Tensor:
+    """All parameters become views of one buffer, in the order of parameters()."""
+    total = sum(p.numel() for p in module.parameters())
     buffer, start = torch.empty(total), 0
-    for p in layer.parameters():
+    for p in module.parameters():
         view = buffer[start : start + p.numel()].view_as(p)
         view.copy_(p.detach())
         p.data = view
@@ -228,11 +230,33 @@ def flatten(layer: nn.LSTM) -> Tensor:
     return buffer
 
 
-def test_flattened_parameters_get_storage_of_their_own() -> None:
+def flatten_as_cudnn(layer: nn.RNNBase) -> None:
+    """What flatten_parameters() leaves behind on a GPU: one buffer that only the parameters hold,
+    matrices before biases, each part at an aligned place."""
+    parts = sorted(layer.parameters(), key=lambda p: -p.dim())
+    places, end = [], 0
+    for p in parts:
+        places.append(end)
+        end += (p.numel() + 31) // 32 * 32
+    buffer = torch.empty(end)
+    for p, start in zip(parts, places, strict=True):
+        p.data = buffer[start : start + p.numel()].view_as(p).copy_(p.detach())
+
+
+@pytest.mark.parametrize("how", [flatten, flatten_as_cudnn, "pickled"])
+def test_flattened_parameters_get_storage_of_their_own(how: Any) -> None:
     layer = nn.LSTM(5, 9, num_layers=2)
     x = torch.randn(3, 2, 5)
     want = layer(x)[0]
-    flatten(layer)
+    if how == "pickled":
+        flatten_as_cudnn(layer)
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        layer = torch.load(file, weights_only=False)
+        assert len({p.untyped_storage().data_ptr() for p in layer.parameters()}) == 1
+    else:
+        how(layer)
     objects = {name: (id(p), p.detach().clone()) for name, p in layer.named_parameters()}
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     rnnfast.accelerate(nn.Sequential(layer))
@@ -246,6 +270,43 @@ def test_flattened_parameters_get_storage_of_their_own() -> None:
     y.sum().backward()
     optimizer.step()
     assert not torch.equal(layer(x)[0], y)
+
+
+def test_a_flat_buffer_that_somebody_holds_stays_whole() -> None:
+    """An optimizer over one flat buffer goes on training the layers in it."""
+    models = [
+        nn.LSTM(5, 9),  # alone it fills the buffer as cuDNN's would
+        nn.ModuleList([nn.LSTM(5, 9, 2), nn.GRU(9, 9), nn.LSTMCell(5, 9)]),
+        nn.Sequential(nn.Linear(3, 3), nn.GRU(5, 9)),
+    ]
+    for model in models:
+        buffer = flatten(model)
+        rnnfast.accelerate(model)
+        buffer.fill_(0.5)
+        assert all((p == 0.5).all() for p in model.parameters())
+
+
+def test_views_of_what_is_not_their_own_buffer_stay_views() -> None:
+    layers = nn.ModuleList([nn.GRU(5, 9), nn.GRU(5, 9)])
+    flatten(layers)  # nobody else holds it, but it is not one layer's
+    wide = nn.Parameter(torch.randn(27, 10)[:, :5])
+    layers[1].weight_ih_l0 = wide
+    pointers = [p.data_ptr() for p in layers.parameters()]
+    rnnfast.accelerate(layers)
+    assert [p.data_ptr() for p in layers.parameters()] == pointers
+
+
+def test_other_packages_are_not_taken_for_rnnfast(caplog: pytest.LogCaptureFixture) -> None:
+    class Mine(rnnfast.LSTM):
+        pass
+
+    foreign = type("FastLSTM", (nn.LSTM,), {"__module__": "rnnfast_ext.layers"})
+    model = nn.ModuleDict({"foreign": foreign(5, 9), "mine": Mine(5, 9)})
+    with caplog.at_level(logging.INFO, logger="rnnfast"):
+        rnnfast.accelerate(model)
+    said = {r.getMessage().split()[1]: r.getMessage() for r in caplog.records}
+    assert "its class FastLSTM is derived from torch.nn's" in said["foreign"]
+    assert "one of rnnfast's already" in said["mine"]
 
 
 def test_parameters_of_their_own_keep_their_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -256,6 +257,74 @@ def test_hand_made_packed_sequences(name: str, rows: int, sizes: list[int]) -> N
         layer(packed(rows, sizes))
     y, _ = layer(packed(5, [3, 2]))
     assert torch.isfinite(y.data).all()
+
+
+BATCH_SIZES = {
+    "grows": ([2, 3], "batch_sizes must be positive and must not grow, got 3 at step 1"),
+    "too many": ([2, 2, 2], "x must have as many rows as batch_sizes add up to, got 5 rows"),
+    "negative": ([5, -1], "batch_sizes must be positive and must not grow, got -1 at step 1"),
+    "none": ([], "x must hold at least one step (T >= 1), got T = 0"),
+    "zero": ([0], "batch_sizes must be positive and must not grow, got 0 at step 0"),
+    "huge": ([2**62, 5], f"batch_sizes must be positive and must not grow, got {2**62} at step 0"),
+    "matrix": (
+        [[2, 3]],
+        "batch_sizes must be a one-dimensional int64 CPU tensor of shape (T,), got (1, 2) of int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BATCH_SIZES)
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_bad_batch_sizes_in_the_same_words(name: str, engine: str, what: str) -> None:
+    """The reference engine never reaches the operators, and refuses what they refuse."""
+    sizes, text = BATCH_SIZES[what]
+    layer, _ = pair(name, 5, 9)
+    x = PackedSequence(rand(5, 5), torch.tensor(sizes, dtype=torch.int64))
+    with rnnfast.use_engine(engine), pytest.raises(RuntimeError, match=re.escape(text)):
+        layer(x)
+    hx = states(name == "LSTM", 1, 5, 9)  # a state fits [5, -1] alone
+    with rnnfast.use_engine(engine), pytest.raises(RuntimeError):
+        layer(x, hx)
+
+
+@pytest.mark.parametrize("route", ["cpu", "reference", "meta"])
+def test_wrong_weights_in_the_same_words(route: str) -> None:
+    """Kernel, reference engine and fake kernel (meta tensors) check the weights alike."""
+
+    def message(change: str, value: Tensor) -> str:
+        layer = rnnfast.LSTM(5, 9, proj_size=4)
+        setattr(layer, change, nn.Parameter(value))
+        if route == "meta":
+            layer = layer.to("meta")
+        x = rand(4, 3, 5).to("meta" if route == "meta" else "cpu")
+        with rnnfast.use_engine("reference" if route == "reference" else "auto"):
+            error = caught(lambda: layer(x))
+        assert type(error) is RuntimeError
+        return str(error)
+
+    shape = "rnnfast: {} must have shape {}, got {}"
+    w_hr = shape.format("w_hr", "(P, H) = (4, 9)", "{}")
+    assert message("weight_hr_l0", rand(4, 8)) == w_hr.format("(4, 8)")
+    assert message("weight_hr_l0", rand(36)) == shape.format("w_hr", "(P, H)", "(36,)")
+    text = "rnnfast: w_hr must have the dtype of x, float32, got float64"
+    assert message("weight_hr_l0", rand(4, 9, dtype=f64)) == text
+    text = "rnnfast: w_hh must have the dtype of x, float32, got float64"
+    assert message("weight_hh_l0", rand(36, 4, dtype=f64)) == text
+    w_hh = shape.format("w_hh", "(G*H, P) = (36, 4)", "(36, 9)")
+    assert message("weight_hh_l0", rand(36, 9)) == w_hh
+    b_hh = shape.format("b_hh", "(G*H,) = (36,)", "(35,)")
+    assert message("bias_hh_l0", rand(35)) == b_hh
+
+
+def test_meta_layers_run_and_refuse_wrong_states() -> None:
+    args = (rand(4, 3, 5), rand(3, 9), None, rand(27, 5), rand(27, 9), None, None, None, None, None)
+    args = tuple(a if a is None else a.to("meta") for a in args)
+    forward = torch.ops.rnnfast.forward
+    assert forward(*args, 1, False, False)[0].shape == (4, 3, 9)
+    for h0 in (rand(2, 9), rand(3, 8), rand(1, 3, 9), rand(3, 9, dtype=f64)):
+        with pytest.raises(RuntimeError, match="rnnfast: h0 must have"):
+            forward(args[0], h0.to("meta"), *args[2:], 1, False, False)
 
 
 FUNCTIONAL_CALLS: dict[str, Callable[[list[Tensor]], Any]] = {

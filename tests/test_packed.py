@@ -178,3 +178,20 @@ def test_each_sequence_as_if_alone(name: str) -> None:
         assert not padded[len(sequence) :, b].any()
         for got, expected in zip(leaves_of(state), leaves_of(alone), strict=True):
             torch.testing.assert_close(got[:, b], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_packed_on_meta(name: str, state: bool) -> None:
+    """batch_sizes lies on the CPU even then, and tells the batch where no state does."""
+    layer = getattr(rnnfast, name)(5, 9, 2, bidirectional=True, device="meta")
+    sizes = torch.tensor([3, 2, 2])
+    hx = torch.empty(4, 3, 9, device="meta") if state else None
+    x = PackedSequence(torch.empty(7, 5, device="meta", requires_grad=True), sizes)
+    y, last = layer(x, (hx, hx) if state and name == "LSTM" else hx)
+    assert y.data.shape == (7, 18) and y.data.is_meta
+    assert all(s.shape == (4, 3, 9) and s.is_meta for s in leaves_of(last))
+    y.data.sum().backward()
+    assert x.data.grad.shape == (7, 5)
+    with pytest.raises(RuntimeError, match="rnnfast: x must have as many rows"):
+        layer(PackedSequence(torch.empty(6, 5, device="meta"), sizes))

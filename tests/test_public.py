@@ -138,6 +138,45 @@ def test_frozen_layer_refuses_what_would_be_wrong() -> None:
     assert layer.weight_ih_l0.grad is not None
 
 
+def test_frozen_layer_notices_new_memory_at_the_old_address() -> None:
+    """Freed memory is handed out again: an address alone proves nothing."""
+    layer, x = rnnfast.LSTM(5, 33), torch.randn(4, 3, 5)
+    layer.freeze()
+    weight = layer.weight_hh_l0
+    address, shape = weight.data_ptr(), weight.shape
+    weight.data = torch.zeros(1)
+    kept = []
+    for _ in range(50):
+        kept.append(torch.randn(shape))
+        if kept[-1].data_ptr() == address:
+            break
+    weight.data = kept[-1]
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="weight_hh_l0 was changed since freeze"),
+    ):
+        layer(x)
+
+
+def test_freeze_documents_what_it_cannot_notice() -> None:
+    assert ".data.mul_" in (rnnfast.LSTM.freeze.__doc__ or "")
+
+
+def test_a_parametrized_layer_cannot_be_frozen() -> None:
+    """At once and with the reason, not at the first call with another."""
+    layer = rnnfast.GRU(5, 9)
+    layer.freeze()
+    nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+    with pytest.raises(RuntimeError, match=r"rnnfast: freeze\(\) .*weight_hh_l0 .*parametrization"):
+        layer.freeze()
+    copy.deepcopy(layer).unfreeze()
+    layer.double().unfreeze()
+    nn.utils.parametrize.remove_parametrizations(layer, "weight_hh_l0")
+    layer.freeze()
+    with torch.no_grad():
+        layer(torch.randn(4, 3, 5, dtype=torch.float64))
+
+
 def test_frozen_layer_under_another_isa() -> None:
     """Packed weights belong to one instruction set: another refuses or repacks, never misreads."""
     layer, x = rnnfast.LSTM(5, 33), torch.randn(4, 3, 5)

@@ -10,6 +10,7 @@ import torch
 from test_modules import leaves_of
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
 
@@ -126,6 +127,32 @@ def test_compile_fullgraph(layer: nn.Module) -> None:
         torch.testing.assert_close(a, b, **close)
 
 
+def test_compile_of_a_frozen_layer(layer: nn.Module) -> None:
+    """A graph holds the plain weights: compiling never meets the checks of a frozen layer."""
+    x = torch.randn(3, 2, 5, dtype=f64)
+    with torch.no_grad():
+        want = layer(x)
+        layer.freeze()
+        got = torch.compile(layer, fullgraph=True, backend="eager")(x)
+        exported = torch.export.export(layer, (x,)).module()(x)
+    for result in (got, exported):
+        for a, b in zip(leaves_of(result), leaves_of(want), strict=True):
+            torch.testing.assert_close(a, b, **close)
+
+
+def test_compile_of_a_packed_sequence_without_state() -> None:
+    """No value of batch_sizes is read while tracing, by none of the checks."""
+    layer = rnnfast.GRU(5, 9, 2, dtype=f64)
+    sizes, rows = torch.tensor([3, 2, 1]), torch.randn(6, 5, dtype=f64)
+
+    def run(x: Tensor) -> Tensor:
+        return layer(PackedSequence(x, sizes))[0].data
+
+    with torch.no_grad():
+        got = torch.compile(run, backend="aot_eager")(rows)
+        torch.testing.assert_close(got, run(rows), **close)
+
+
 def test_export_with_a_dynamic_length() -> None:
     layer = rnnfast.LSTM(5, 9, 2, bidirectional=True).eval()
     x = torch.randn(4, 2, 5)
@@ -167,3 +194,15 @@ def test_forcing_the_cpu_engine_under_a_transform_raises() -> None:
     layer = rnnfast.GRU(5, 9)
     with rnnfast.use_engine("cpu"), pytest.raises(RuntimeError, match="rnnfast"):
         vmap(lambda one: layer(one)[0])(torch.randn(4, 3, 2, 5))
+
+
+def test_batch_sizes_are_checked_under_a_transform() -> None:
+    layer = rnnfast.GRU(5, 9)
+    x = torch.randn(4, 5, 5)
+    for sizes in ([2, 3], [2, 2, 2], [5, -1], [], [0]):
+        with pytest.raises(RuntimeError, match="rnnfast: (batch_sizes|x) must"):
+            vmap(lambda one, n=sizes: layer(PackedSequence(one, torch.tensor(n).long()))[0].data)(x)
+    sizes = torch.tensor([3, 2])
+    got = vmap(lambda one: layer(PackedSequence(one, sizes))[0].data)(x)
+    want = torch.stack([layer(PackedSequence(one, sizes))[0].data for one in x])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

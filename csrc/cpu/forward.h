@@ -251,41 +251,53 @@ class ForwardPass {
     }
   }
 
-  // The cell for one row and the units of one panel; writes
-  // the new states, y and what backward needs.
+  // The cell for one row and the units of one panel; writes the new states, y and what backward
+  // needs.
   void cell_row(int64_t p, int64_t t, int64_t b, const scalar_t* gx, const scalar_t* gh,
                 const scalar_t* h, scalar_t* h_next) {
+    const bool last = is_last(t, b);
+    for (int v = 0; v < gates_.vectors_per_gate(p); ++v) {
+      if (gates_.first(p) + (v + 1) * kLanes <= args_.hidden_size)
+        cell_vector<true>(p, v, first_row(args_, t) + b, b, last, gx, gh, h, h_next);
+      else
+        cell_vector<false>(p, v, first_row(args_, t) + b, b, last, gx, gh, h, h_next);
+    }
+  }
+
+  // kWhole: the vector ends within the layer, so that its loads and stores need no count.
+  template <bool kWhole>
+  RNNFAST_HD void cell_vector(int64_t p, int v, int64_t row, int64_t b, bool last,
+                              const scalar_t* gx, const scalar_t* gh, const scalar_t* h,
+                              scalar_t* h_next) {
     const int per_gate = gates_.vectors_per_gate(p);
-    const int64_t row = first_row(args_, t) + b;
-    for (int v = 0; v < per_gate; ++v) {
-      const int64_t unit = gates_.first(p) + v * kLanes, left = args_.hidden_size - unit;
-      V gates_x[Cell::kGates], gates_h[Cell::kGates], state[Cell::kStates],
-          kept[at_least_one<Cell::kSaved>];
-      for (int g = 0; g < Cell::kGates; ++g) {
-        gates_x[g] = load(gx + (g * per_gate + v) * kLanes);
-        gates_h[g] = load(gh + (g * per_gate + v) * kLanes);
-      }
-      state[0] = args_.w_hr ? V{} : load(h + b * s_.h_row + unit);
-      for (int k = 1; k < Cell::kStates; ++k) state[k] = load_part(inner_state(k, b) + unit, left);
+    const int64_t unit = gates_.first(p) + v * kLanes;
+    const int64_t left = kWhole ? kLanes : args_.hidden_size - unit;
+    V gates_x[Cell::kGates], gates_h[Cell::kGates], state[Cell::kStates];
+    V kept[at_least_one<Cell::kSaved>];
+    for (int g = 0; g < Cell::kGates; ++g) {
+      gates_x[g] = load(gx + (g * per_gate + v) * kLanes);
+      gates_h[g] = load(gh + (g * per_gate + v) * kLanes);
+    }
+    state[0] = args_.w_hr ? V{} : load(h + b * s_.h_row + unit);
+    for (int k = 1; k < Cell::kStates; ++k) state[k] = load_part(inner_state(k, b) + unit, left);
 
-      Cell::forward(gates_x, gates_h, state, kept);
+    Cell::forward(gates_x, gates_h, state, kept);
 
-      for (int k = 1; k < Cell::kStates; ++k) store_part(inner_state(k, b) + unit, state[k], left);
-      if (args_.saved) {
-        scalar_t* plane = args_.saved + row * planes_ * args_.hidden_size + unit;
-        for (int k = 0; k < Cell::kSaved; ++k, plane += args_.hidden_size)
-          store_part(plane, kept[k], left);
-        for (int k = 1; k < Cell::kStates; ++k, plane += args_.hidden_size)
-          store_part(plane, state[k], left);
-        if (args_.w_hr) store_part(plane, state[0], left);
-      }
-      if (args_.w_hr) {
-        store(s_.m + b * s_.m_row + unit, state[0]);
-      } else {
-        store(h_next + b * s_.h_row + unit, state[0]);
-        store_part(args_.y + row * args_.output_size + unit, state[0], left);
-        if (is_last(t, b)) store_part(args_.h_n + b * args_.output_size + unit, state[0], left);
-      }
+    for (int k = 1; k < Cell::kStates; ++k) store_part(inner_state(k, b) + unit, state[k], left);
+    if (args_.saved) {
+      scalar_t* plane = args_.saved + row * planes_ * args_.hidden_size + unit;
+      for (int k = 0; k < Cell::kSaved; ++k, plane += args_.hidden_size)
+        store_part(plane, kept[k], left);
+      for (int k = 1; k < Cell::kStates; ++k, plane += args_.hidden_size)
+        store_part(plane, state[k], left);
+      if (args_.w_hr) store_part(plane, state[0], left);
+    }
+    if (args_.w_hr) {
+      store(s_.m + b * s_.m_row + unit, state[0]);
+    } else {
+      store(h_next + b * s_.h_row + unit, state[0]);
+      store_part(args_.y + row * args_.output_size + unit, state[0], left);
+      if (last) store_part(args_.h_n + b * args_.output_size + unit, state[0], left);
     }
   }
 
