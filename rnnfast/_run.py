@@ -271,7 +271,11 @@ def layer(
     x: Tensor
     if isinstance(input, PackedSequence):
         x, batch_sizes, sorted_indices, unsorted_indices = input
-        batch = int(batch_sizes[0]) if hx is not None and batch_sizes.size(0) else 0
+        batch = 0
+        if hx is not None:
+            if batch_sizes.dim() != 1 or batch_sizes.size(0) == 0:
+                check_batch_sizes(batch_sizes, x.size(0))  # has no first one, and raises
+            batch = int(batch_sizes[0])
         dims = 2
         batched = True
         if x.dtype != dtype:

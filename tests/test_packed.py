@@ -184,7 +184,7 @@ def test_each_sequence_as_if_alone(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_packed_on_meta(name: str, state: bool) -> None:
     """batch_sizes lies on the CPU even then, and tells the batch where no state does."""
-    layer = getattr(rnnfast, name)(5, 9, 2, bidirectional=True, device="meta")
+    layer = pair(name, 5, 9, num_layers=2, bidirectional=True)[0].to("meta")
     sizes = torch.tensor([3, 2, 2])
     hx = torch.empty(4, 3, 9, device="meta") if state else None
     x = PackedSequence(torch.empty(7, 5, device="meta", requires_grad=True), sizes)

@@ -1,9 +1,10 @@
 // The micro-kernels: a tile of rows times a panel of weights, accumulators in registers.
 //
-// Every sum runs over k in order, in the same partial sums, so an entry has the same bits whatever
-// tile, thread or number of threads computes it. Two kernels: `multiply` broadcasts an element of a
-// row against vectors of the panel (packed weights, or any matrix whose rows are contiguous),
-// `multiply_direct` takes dot products with PyTorch's (units, K) layout.
+// Two kernels: `multiply` broadcasts an element of a row against vectors of the panel (packed
+// weights, or any matrix whose rows are contiguous), `multiply_direct` takes dot products with
+// PyTorch's (units, K) layout. Each adds its products in one fixed order (partial sums over k, or
+// one sum a lane), so an entry has the same bits whatever tile, thread or number of threads
+// computes it.
 #pragma once
 
 #include "vec.h"

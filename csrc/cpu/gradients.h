@@ -11,7 +11,6 @@
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
 
-// k elements of a dx product at a time, so that a panel's slice stays in the cache.
 template <class Cell, class scalar_t>
 class GradientPass {
  public:
