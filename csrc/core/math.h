@@ -1,11 +1,11 @@
 // exp, sigmoid and tanh for float and double, as scalars, SIMD vectors and on the device.
 //
 // One text for all three: V is float, double or a GCC/Clang vector of them. Error bounds, in ulp of
-// the correctly rounded result, held by tests/test_core.py on every ISA, with FMA and without: exp 2,
-// sigmoid 3, tanh 3. They hold where exp neither overflows nor becomes subnormal, about [-87, 88]
-// (float) and [-708, 709] (double). Outside, exp keeps its value at the end of the range, so sigmoid
-// stays in [0, 1], never divides inf by inf, and ends at about 6e-39 (float) or 1e-308 (double)
-// instead of falling further: no ulp bound there. NaN stays NaN.
+// the correctly rounded result, held by tests/test_core.py on every ISA, with FMA and without: exp
+// 2, sigmoid 3, tanh 3. They hold where exp neither overflows nor becomes subnormal, about [-87,
+// 88] (float) and [-708, 709] (double). Outside, exp keeps its value at the end of the range, so
+// sigmoid stays in [0, 1], never divides inf by inf, and ends at about 6e-39 (float) or 1e-308
+// (double) instead of falling further: no ulp bound there. NaN stays NaN.
 #pragma once
 
 #include "target.h"
