@@ -128,6 +128,7 @@ CHOICES = [
     ((LSTM, 1, 1, 512, 512, 2), (2, "units", "direct", "direct")),
     ((LSTM, 100, 1, 512, 512, 2), (2, "units", "packed", "packed")),
     ((LSTM, 50, 32, 256, 256, 2), (2, "batch", "packed", "packed")),  # w_hh fits the private cache
+    ((LSTM, 1, 32, 512, 512, 2), (2, "units", "packed", "packed")),  # six tiles repay packing
     ((LSTM, 100, 64, 512, 512, 2), (2, "units", "packed", "packed")),  # it does not
     ((LSTM, 100, 64, 512, 512, 1), (1, "serial", "packed", "packed")),
     ((GRU, 1000, 16, 64, 64, 2), (2, "batch", "packed", "packed")),

@@ -19,7 +19,7 @@ constexpr int64_t kPrivateCacheBytes = 1 << 20;
 constexpr int64_t kRowsPerTile = 6;
 // Packing reads and writes the weights once, about as long
 // as this many tiles of rows take to pass through them.
-constexpr int64_t kPackingTiles = 8;
+constexpr int64_t kPackingTiles = 3;
 
 Kernel choose_kernel(int64_t passes, int forced) {
   if (forced >= 0) return static_cast<Kernel>(forced);

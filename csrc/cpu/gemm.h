@@ -202,21 +202,23 @@ __attribute__((noinline)) void multiply_direct(int64_t rows, int64_t units, int6
                                                const scalar_t* a, int64_t a_row, const scalar_t* w,
                                                int64_t w_row, const scalar_t* start, scalar_t* out,
                                                int64_t out_row) {
-  const auto block = [&](auto rows_constant, int64_t r) {
-    constexpr int kRows = decltype(rows_constant)::value;
-    int64_t u = 0;
-    for (; u + 4 <= units; u += 4)
-      dot_tile<scalar_t, kRows, 4>(k_size, a + r * a_row, a_row, w + u * w_row, w_row,
-                                   start ? start + u : nullptr, out + r * out_row + u, out_row);
-    for (; u < units; ++u)
-      dot_tile<scalar_t, kRows, 1>(k_size, a + r * a_row, a_row, w + u * w_row, w_row,
-                                   start ? start + u : nullptr, out + r * out_row + u, out_row);
+  // Units outside, rows inside: each weight comes from memory once, whatever the number of rows.
+  const auto all_rows = [&](auto units_constant, int64_t u) {
+    constexpr int kUnits = decltype(units_constant)::value;
+    const auto block = [&](auto rows_constant, int64_t r) {
+      dot_tile<scalar_t, decltype(rows_constant)::value, kUnits>(
+          k_size, a + r * a_row, a_row, w + u * w_row, w_row, start ? start + u : nullptr,
+          out + r * out_row + u, out_row);
+    };
+    int64_t r = 0;
+    if constexpr (kVectorRegisters == 32)
+      for (; r + 4 <= rows; r += 4) block(Constant<4>{}, r);
+    for (; r + 2 <= rows; r += 2) block(Constant<2>{}, r);
+    for (; r < rows; ++r) block(Constant<1>{}, r);
   };
-  int64_t r = 0;
-  if constexpr (kVectorRegisters == 32)
-    for (; r + 4 <= rows; r += 4) block(Constant<4>{}, r);
-  for (; r + 2 <= rows; r += 2) block(Constant<2>{}, r);
-  for (; r < rows; ++r) block(Constant<1>{}, r);
+  int64_t u = 0;
+  for (; u + 4 <= units; u += 4) all_rows(Constant<4>{}, u);
+  for (; u < units; ++u) all_rows(Constant<1>{}, u);
 }
 
 }  // namespace
