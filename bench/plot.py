@@ -159,7 +159,9 @@ def ratio_picture(results: dict[str, Any], path: Path) -> None:
         foot[0] += "; long bars are cut off, their numbers are not"
     starred = "* weights prepacked, held against a frozen layer of ours; mean: geometric"
     noisy = "; ~ noisy row" if any(line.noisy for line in lines) else ""
-    foot += [starred + noisy, *wrapped(caption(results["header"]), int(17 * figure.get_figwidth()))]
+    width = int(15 * figure.get_figwidth())
+    foot = [part for line in (*foot, starred + noisy) for part in wrapped(line, width)]
+    foot += wrapped(caption(results["header"]), width)
     margins(figure, "How many times faster", foot)
     save(figure, path)
 
