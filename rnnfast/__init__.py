@@ -12,6 +12,7 @@ from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .engine import engines, last_run, use_engine
 from .explain import Explanation, explain
 from .modules import GRU, LSTM, RNN, IndRNN
+from .quantize import QuantizedGRU, QuantizedIndRNN, QuantizedLSTM, QuantizedRNN, quantize
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,10 @@ __all__ = [
     "GRUCell",
     "IndRNN",
     "LSTMCell",
+    "QuantizedGRU",
+    "QuantizedIndRNN",
+    "QuantizedLSTM",
+    "QuantizedRNN",
     "RNNCell",
     "__version__",
     "accelerate",
@@ -30,6 +35,7 @@ __all__ = [
     "explain",
     "functional",
     "last_run",
+    "quantize",
     "restore",
     "use_engine",
 ]

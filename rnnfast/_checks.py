@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .cells import CellSpec
 
+# what the CPU engine computes in
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def _dtype_text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -127,10 +130,13 @@ def check_layer(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    reset: Tensor | None,
 ) -> None:
     """All that the operators check of their arguments, except for devices."""
-    if x.dtype not in (torch.float32, torch.float64):
-        raise RuntimeError(f"rnnfast: x must be float32 or float64, got {_dtype_text(x.dtype)}")
+    if x.dtype not in DTYPES:
+        raise RuntimeError(
+            f"rnnfast: x must be float32, float64, bfloat16 or float16, got {_dtype_text(x.dtype)}"
+        )
     letters = "(T, B, I)" if batch_sizes is None else "(N, I)"
     if x.dim() != (3 if batch_sizes is None else 2):
         raise RuntimeError(f"rnnfast: x must have shape {letters}, got {_shape_text(x)}")
@@ -157,3 +163,8 @@ def check_layer(
         if batch is None:
             batch = c0.size(1) if c0.dim() > 1 else 0
         _check_shape("c0", c0, "(S-1, B, H)", (spec.states - 1, batch, hidden))
+    if reset is not None:
+        if reset.dtype != torch.bool:
+            raise RuntimeError(f"rnnfast: reset must be bool, got {_dtype_text(reset.dtype)}")
+        letters = "(T, B)" if batch_sizes is None else "(N,)"
+        _check_shape("reset", reset, letters, tuple(x.shape[:-1]))

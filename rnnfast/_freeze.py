@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import is_
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from . import engine, ops
+from ._checks import DTYPES
 from .cells import CellSpec
-
-
-def _version(weight: Tensor) -> int:
-    # a tensor made in inference mode has no version, and can't be changed outside of it
-    return -1 if weight.is_inference() else weight._version
 
 
 def why_not(parameters: Mapping[str, Tensor | None], names: Sequence[str]) -> str | None:
@@ -26,9 +24,9 @@ def why_not(parameters: Mapping[str, Tensor | None], names: Sequence[str]) -> st
                 "at every call (by a parametrization, say); make it a parameter again with "
                 "torch.nn.utils.parametrize.remove_parametrizations first"
             )
-        if not weight.is_cpu or weight.dtype not in (torch.float32, torch.float64):
+        if not weight.is_cpu or weight.dtype not in DTYPES:
             return (
-                "freeze() needs float32 or float64 weights on the CPU, "
+                "freeze() needs float32, float64, bfloat16 or float16 weights on the CPU, "
                 f"{name} is {weight.dtype} on {weight.device}"
             )
     return None
@@ -49,10 +47,12 @@ class Frozen:
             raise RuntimeError(f"rnnfast: {why}")
         weights = [w for w in (parameters[name] for name in names) if w is not None]
         each = len(weights) // count
-        self._weights = tuple(weights)
+        self.weights = tuple(weights)
         # they keep the memory: were it freed, other weights could come to lie at the same address
         self._memory = tuple(weight.detach() for weight in weights)
         self._names = tuple(names)
+        # a tensor made in inference mode has no version, and can't be changed outside of it
+        self._versioned = [w for w in weights if not w.is_inference()]
         self._state = self._look(weights)
         self._isa_changes = engine.isa_changes
         self._isa = engine.active_isa()
@@ -62,25 +62,35 @@ class Frozen:
                 w = weights[i * each : (i + 1) * each]
                 self._packed.append(ops.pack(w[0], w[1], w[-1] if each % 2 else None, spec.id))
 
-    @staticmethod
-    def _look(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
-        return [(w.data_ptr(), _version(w)) for w in weights]
+    def _look(self, weights: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+        return [w.data_ptr() for w in weights], [w._version for w in self._versioned]
 
-    def packed(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The packed weights, if they still are those of the layer."""
-        for mine, now, name in zip(self._weights, weights, self._names, strict=True):
-            if mine is not now:
-                raise RuntimeError(
-                    f"rnnfast: {name} was replaced since freeze(); call freeze() again, or "
-                    "unfreeze()"
-                )
-        state = self._look(weights)
+    def _changed(self, state: tuple[list[int], list[int]]) -> list[str]:
+        names = dict(zip(map(id, self.weights), self._names, strict=True))
+        pairs = [
+            *zip(self.weights, state[0], self._state[0], strict=True),
+            *zip(self._versioned, state[1], self._state[1], strict=True),
+        ]
+        return [names[id(weight)] for weight, now, then in pairs if now != then]
+
+    def _raise(self, names: list[str], what: str) -> NoReturn:
+        raise RuntimeError(
+            f"rnnfast: {names[0]} was {what} since freeze(); call freeze() again, or unfreeze()"
+        )
+
+    def bytes(self, index: int) -> int:
+        """What the packed weights of one layer and direction take."""
+        return self._packed[index].nbytes
+
+    def packed(self, parameters: Mapping[str, Tensor | None]) -> list[Tensor]:
+        """The packed weights, if `weights` still are those of the layer."""
+        # the loops of a call run in C; the slow ones only find the name for the error
+        if not all(map(is_, self.weights, map(parameters.get, self._names))):
+            replaced = [n for n, w in zip(self._names, self.weights) if parameters.get(n) is not w]
+            self._raise(replaced, "replaced")
+        state = self._look(self.weights)
         if state != self._state:
-            changed = [n for n, a, b in zip(self._names, state, self._state, strict=True) if a != b]
-            raise RuntimeError(
-                f"rnnfast: {changed[0]} was changed since freeze(); call freeze() again, or "
-                "unfreeze()"
-            )
+            self._raise(self._changed(state), "changed")
         if engine.isa_changes != self._isa_changes:
             if engine.active_isa() != self._isa:
                 raise RuntimeError(

@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from . import engine, ops, reference
-from ._checks import check_batch_sizes, check_weights
+from . import _both, _reset, engine, ops, reference
+from ._checks import DTYPES, check_batch_sizes, check_weights
 from .cells import CellSpec
 
 _forward = ops.forward
+_run_eager = ops.RNNFast.apply
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
-_FLOAT32 = torch.float32
-_FLOAT64 = torch.float64
 
 _TYPE_NAMES = {
     torch.float64: "Double",
@@ -48,14 +48,27 @@ def _raise_dtypes(found: Tensor, weight: Tensor, who: str) -> NoReturn:
 
 
 def _castable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and torch._C._is_any_autocast_enabled()
+    return tensor.is_floating_point() and _is_any_autocast_enabled()
+
+
+def autocast_weights(
+    weights: Sequence[Tensor | None], device: str
+) -> tuple[Sequence[Any], torch.dtype | None]:
+    """Under autocast, the weights in its dtype (float64 stays, as in torch's operators)."""
+    if not torch.is_autocast_enabled(device):
+        return weights, None
+    dtype = torch.get_autocast_dtype(device)
+    if all(w is None or w.dtype == dtype or w.dtype == torch.float64 for w in weights):
+        return weights, None
+    cast = [w if w is None or w.dtype == torch.float64 else w.to(dtype) for w in weights]
+    return cast, dtype
 
 
 def match_input(x: Tensor, weight: Tensor, layer: bool) -> Tensor:
     """Under autocast, the input in the dtype of the weights; else an error as torch.nn's."""
     if _castable(x):
         return x.to(weight.dtype)
-    if layer and not torch._C._is_any_autocast_enabled():
+    if layer and not _is_any_autocast_enabled():
         raise ValueError(
             f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
@@ -104,11 +117,11 @@ def use_reference(
                 'forward-mode AD; use_engine("auto") or use_engine("reference") can'
             )
         return True
-    dtype = x.dtype
-    if dtype != _FLOAT32 and dtype != _FLOAT64:
+    if x.dtype not in DTYPES:
         raise RuntimeError(
-            f"rnnfast: the CPU engine computes in float32 and float64, got {x.dtype}; convert with "
-            '.float(), or run plain torch operators with rnnfast.use_engine("reference")'
+            "rnnfast: the CPU engine computes in float32, float64, bfloat16 and float16, got "
+            f"{x.dtype}; convert with .float(), or run plain torch operators with "
+            'rnnfast.use_engine("reference")'
         )
     if not (x.is_cpu or x.is_meta):
         raise RuntimeError(
@@ -131,6 +144,7 @@ def direction(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    reset: Tensor | None,
     packed_weights: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +154,7 @@ def direction(
         if not torch.compiler.is_compiling():
             engine.note_reference()
         return reference.forward(
-            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, cell=spec, reverse=reverse
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset, cell=spec, reverse=reverse
         )
     save = _is_grad_enabled() and (
         w_hh.requires_grad
@@ -149,17 +163,19 @@ def direction(
         or any(t is not None and t.requires_grad for t in (h0, c0, b_ih, b_hh, w_hr))
     )
     if save:
-        if packed_weights is not None:
-            raise RuntimeError(
-                "rnnfast: a frozen layer gives no gradients; call it under torch.no_grad() or "
-                "torch.inference_mode(), or unfreeze() it"
-            )
+        ops.refuse_packed(packed_weights)
         # an exported graph is for inference; should it be trained, backward computes `saved` anew
         save = not torch.compiler.is_exporting()
-    y, h_n, c_n, _ = _forward(
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, packed_weights, spec.id, reverse, save
-    )
-    return y, h_n, c_n
+    args = (
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset, packed_weights, spec.id,
+        reverse, save,
+    )  # fmt: skip
+    if not ops.is_eager(args):
+        return _forward(*args)[:3]
+    if save:
+        return _run_eager(*args)[:3]
+    with ops.below_autograd():
+        return _forward(*args)[:3]
 
 
 def stack(
@@ -173,13 +189,14 @@ def stack(
     directions: int,
     dropout: float,
     batch_sizes: Tensor | None,
+    reset: Tensor | None,
     packed_weights: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions.
 
-    x (T, B, I) or packed (N, I), h0 (L*D, B, P), c0 (L*D, B, H) or None; packed_weights: those of
-    a frozen layer. Gives y, h_n (L*D, B, P) and c_n (L*D, B, H), which is empty for cells of one
-    state.
+    x (T, B, I) or packed (N, I), h0 (L*D, B, P), c0 (L*D, B, H) or None, reset (T, B) or (N,) as
+    the forward direction has it; packed_weights: those of a frozen layer. Gives y, h_n (L*D, B, P)
+    and c_n (L*D, B, H), which is empty for cells of one state.
     """
     use_ref = use_reference(x, h0, c0, weights)
     if use_ref and batch_sizes is not None:
@@ -199,6 +216,7 @@ def stack(
             b_hh,
             w_hr,
             batch_sizes,
+            reset,
             None if packed_weights is None else packed_weights[0],
             False,
         )
@@ -208,34 +226,35 @@ def stack(
     each = len(weights) // count
     h0s = (None,) * count if h0 is None else h0.unbind(0)
     c0s = (None,) * count if c0 is None else c0.split(1)
+    resets = [reset] * directions
+    if reset is not None and directions == 2:
+        resets[1] = _reset.of_backward_direction(reset, batch_sizes)
     h_ns: list[Tensor] = []
     c_ns: list[Tensor] = []
     y = x
     for layer in range(num_layers):
-        ys = []
+        given: list[tuple[Any, ...]] = []
         for k in range(directions):
             i = layer * directions + k
             w = weights[i * each : (i + 1) * each]
             b_ih, b_hh = w[2:4] if bias else (None, None)
             w_hr = w[-1] if each % 2 else None
-            out, h_n, c_n = direction(
-                use_ref,
-                spec,
-                y,
-                h0s[i],
-                c0s[i],
-                w[0],
-                w[1],
-                b_ih,
-                b_hh,
-                w_hr,
-                batch_sizes,
-                None if packed_weights is None else packed_weights[i],
-                k == 1,
-            )
-            ys.append(out)
-            h_ns.append(h_n)
-            c_ns.append(c_n)
+            given.append(
+                (
+                    h0s[i], c0s[i], w[0], w[1], b_ih, b_hh, w_hr, resets[k],
+                    None if packed_weights is None else packed_weights[i],
+                )
+            )  # fmt: skip
+        if directions == 2 and not use_ref and _both.applies(y, given[0], given[1]):
+            outs = list(_both.run(spec, y, given[0], given[1], batch_sizes))
+        else:
+            outs = [
+                direction(use_ref, spec, y, *tensors, batch_sizes, reset, packed, k == 1)  # type: ignore[call-arg]
+                for k, (*tensors, reset, packed) in enumerate(given)
+            ]
+        ys = [out[0] for out in outs]
+        h_ns += [out[1] for out in outs]
+        c_ns += [out[2] for out in outs]
         y = ys[0] if directions == 1 else torch.cat(ys, -1)
         if dropout != 0 and layer < num_layers - 1:
             y = torch.dropout(y, dropout, True)  # torch.nn's draw, so that seeds give its masks
@@ -251,6 +270,7 @@ def layer(
     spec: CellSpec,
     input: Tensor | PackedSequence,
     hx: Any,
+    reset: Any,
     weights: Sequence[Any],
     input_size: int,
     hidden_size: int,
@@ -269,6 +289,10 @@ def layer(
     dtype = weight.dtype
     sorted_indices = unsorted_indices = batch_sizes = None
     x: Tensor
+    if packed_weights is None and _is_any_autocast_enabled():
+        weights, cast = autocast_weights(weights, weight.device.type)
+        if cast is not None:
+            weight, dtype = weights[0], cast
     if isinstance(input, PackedSequence):
         x, batch_sizes, sorted_indices, unsorted_indices = input
         batch = 0
@@ -354,8 +378,14 @@ def layer(
     if x.size(0) == 0 and batch_sizes is None:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
+    if reset is not None:
+        if isinstance(input, PackedSequence):
+            reset = _reset.of_packed(reset, input, x)
+        else:
+            reset = _reset.of_padded(reset, x, batched, batch_first)
+
     y, h_n, c_n = stack(
-        spec, x, h0, c0, weights, bias, num_layers, directions, dropout, batch_sizes,
+        spec, x, h0, c0, weights, bias, num_layers, directions, dropout, batch_sizes, reset,
         packed_weights,
     )  # fmt: skip
 
@@ -372,6 +402,18 @@ def layer(
     elif batch_first:
         output = y.transpose(0, 1)
     return output, ((h_n, c_n) if two_states else h_n)
+
+
+def of_module(
+    name: str, spec: CellSpec, module: Any, input: Any, hx: Any, reset: Any
+) -> tuple[Any, Any]:
+    """A whole layer with the options and the current weights of a module."""
+    weights, packed = module._current()
+    return layer(
+        name, spec, input, hx, reset, weights, module.input_size, module.hidden_size,
+        module.proj_size, module.num_layers, module.bias, module.batch_first,
+        module.dropout if module.training else 0.0, module.bidirectional, packed,
+    )  # fmt: skip
 
 
 def check_cell_state(x: Tensor, state: Tensor, hidden: int, which: int) -> None:
@@ -415,6 +457,8 @@ def cell(
     """One step: x (B, I), h and c (B, H) or None; gives h' and c' (one more dimension in front)."""
     if x.dim() != 2:
         raise RuntimeError(f"rnnfast: input must have shape (B, I), got {tuple(x.shape)}")
+    if _is_any_autocast_enabled():
+        (w_ih, w_hh, b_ih, b_hh), _ = autocast_weights((w_ih, w_hh, b_ih, b_hh), w_ih.device.type)
     # sizes before dtypes: the order of torch.nn's checks
     if x.size(1) != w_ih.size(1):
         raise RuntimeError(
@@ -442,6 +486,6 @@ def cell(
             c = c.unsqueeze(0)
     use_ref = use_reference(x, h, c, (w_ih, w_hh, b_ih, b_hh))
     _, h_n, c_n = direction(
-        use_ref, spec, x.unsqueeze(0), h, c, w_ih, w_hh, b_ih, b_hh, None, None, None, False
+        use_ref, spec, x.unsqueeze(0), h, c, w_ih, w_hh, b_ih, b_hh, None, None, None, None, False
     )
     return h_n, c_n

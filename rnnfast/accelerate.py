@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ._checks import DTYPES
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .modules import GRU, LSTM, RNN, IndRNN
 
@@ -77,8 +78,8 @@ def _why_not(module: nn.Module) -> str | None:
     for name, p in module.named_parameters(recurse=False):
         if not (p.is_cpu or p.is_meta):
             return f"{name} is on {p.device}, and this version has no engine there"
-        if p.dtype not in (torch.float32, torch.float64):
-            return f"{name} is {p.dtype}, and the CPU engine computes in float32 and float64"
+        if p.dtype not in DTYPES:
+            return f"{name} is {p.dtype}, which the CPU engine does not compute in"
     return None
 
 
@@ -93,8 +94,7 @@ def accelerate(model: _Model) -> _Model:
 
     Parameters that cuDNN had flattened into one buffer get memory of their own; views of any other
     buffer (a flat optimizer's, say) stay what they are. Subclasses of torch.nn's layers, and
-    layers whose weights this version has no engine for (not on the CPU, not float32 or float64),
-    are left alone.
+    layers whose weights this version has no engine for (not on the CPU, say) are left alone.
 
     To see what was swapped and what was not, and why, let the logger ``"rnnfast"`` speak before
     the call, ``logging.basicConfig(level="INFO")``; ``print(rnnfast.explain(model))`` lists

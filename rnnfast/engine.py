@@ -12,9 +12,9 @@ from . import ops as _ops  # noqa: F401  (loads the operators)
 
 __all__ = ["EngineScope", "engines", "last_run", "use_engine"]
 
-ISAS = ("portable", "avx2", "avx512", "neon")
+ISAS = ("portable", "avx2", "avx512", "neon", "avx512_bf16", "amx")
 KERNELS = ("packed", "direct")
-SPLITS = ("serial", "batch", "units")
+SPLITS = ("serial", "batch", "units", "directions")
 _KERNEL_RAN = (*KERNELS, "diagonal")
 _NAMES = ("auto", "cpu", "reference")
 
@@ -25,6 +25,7 @@ forced = "auto"
 isa_changes = 0
 _isa_wish = -1
 _kernel_wish = -1
+_split_wish = -1
 
 _local = threading.local()
 
@@ -63,10 +64,16 @@ def _set_kernel(kernel: int) -> int:
     return int(_native.set_kernel(kernel))
 
 
+def _set_split(split: int) -> int:
+    global _split_wish
+    _split_wish = split
+    return int(_native.set_split(split))
+
+
 class EngineScope:
     """What :func:`use_engine` returns: the choice is in force; leaving ``with`` undoes it."""
 
-    def __init__(self, before: tuple[str, int | None, int | None]) -> None:
+    def __init__(self, before: tuple[str, int | None, int | None, int | None]) -> None:
         self._before = before
 
     def __enter__(self) -> EngineScope:
@@ -79,23 +86,30 @@ class EngineScope:
         traceback: TracebackType | None,
     ) -> None:
         global forced
-        forced, isa, kernel = self._before
+        forced, isa, kernel, split = self._before
         if isa is not None:
             _set_isa(isa)
         if kernel is not None:
             _set_kernel(kernel)
+        if split is not None:
+            _set_split(split)
 
 
-def use_engine(name: str, *, isa: str | None = None, kernel: str | None = None) -> EngineScope:
+def use_engine(
+    name: str, *, isa: str | None = None, kernel: str | None = None, split: str | None = None
+) -> EngineScope:
     """Force an engine, for the whole process, from now on or within ``with``.
 
     Args:
         name: ``"auto"`` (the default: the CPU engine where it applies, reference.py under functorch
             transforms and forward-mode AD; every choice automatic again), ``"cpu"``, or
             ``"reference"`` (plain torch operators: any dtype and device, slow)
-        isa: instruction set of the CPU engine: ``"portable"``, ``"avx2"``, ``"avx512"`` or
-            ``"neon"``; ``None`` leaves it as it is
+        isa: instruction set of the CPU engine: ``"portable"``, ``"avx2"``, ``"avx512"``,
+            ``"avx512_bf16"`` (with AVX512_VNNI), ``"amx"`` or ``"neon"``; ``None`` leaves it as
+            it is. The last two of AVX-512 differ from it for bfloat16 and int8 only
         kernel: ``"packed"`` or ``"direct"``; ``None`` leaves it as it is
+        split: how threads divide a layer, ``"serial"``, ``"batch"`` or ``"units"``, with as many
+            threads as that can use; ``None`` leaves it as it is
 
     Returns:
         An :class:`EngineScope`. Nothing has to be done with it; as a context manager it puts
@@ -114,18 +128,20 @@ def use_engine(name: str, *, isa: str | None = None, kernel: str | None = None) 
     global forced
     if name not in _NAMES:
         raise RuntimeError(f"rnnfast: use_engine needs one of {', '.join(_NAMES)}, got {name!r}")
-    if name == "reference" and (isa is not None or kernel is not None):
-        raise RuntimeError("rnnfast: the reference engine has no isa and no kernel to choose")
+    if name == "reference" and not (isa is None and kernel is None and split is None):
+        raise RuntimeError("rnnfast: the reference engine has no isa, kernel or split to choose")
     if isa is not None and isa not in ISAS:
         raise RuntimeError(f"rnnfast: isa must be one of {', '.join(ISAS)}, got {isa!r}")
     if kernel is not None and kernel not in KERNELS:
         raise RuntimeError(f"rnnfast: kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    if split is not None and split not in SPLITS[:3]:
+        raise RuntimeError(f"rnnfast: split must be one of {', '.join(SPLITS[:3])}, got {split!r}")
     if isa is not None and isa not in available_isas():
         raise RuntimeError(
             f"rnnfast: isa {isa!r} can't run here, this machine and build have "
             f"{', '.join(available_isas())}"
         )
-    isa_before = kernel_before = None
+    isa_before = kernel_before = split_before = None
     if isa is not None:
         isa_before = _set_isa(ISAS.index(isa))
     elif name == "auto":
@@ -134,8 +150,12 @@ def use_engine(name: str, *, isa: str | None = None, kernel: str | None = None) 
         kernel_before = _set_kernel(KERNELS.index(kernel))
     elif name == "auto":
         kernel_before = _set_kernel(-1)
+    if split is not None:
+        split_before = _set_split(SPLITS.index(split))
+    elif name == "auto":
+        split_before = _set_split(-1)
     before, forced = forced, name
-    return EngineScope((before, isa_before, kernel_before))
+    return EngineScope((before, isa_before, kernel_before, split_before))
 
 
 def _isa_from_environment() -> int:
@@ -170,13 +190,52 @@ def kernel_is_forced() -> bool:
     return _kernel_wish >= 0
 
 
+def split_is_forced() -> bool:
+    """Whether use_engine chose the split."""
+    return _split_wish >= 0
+
+
+def directions_at_once(
+    cell: int, sizes: tuple[int, int, int, int, int], itemsize: int, threads: int, packed: bool
+) -> bool:
+    """Whether a layer of two directions with sizes (T, B, I, H, P) runs them side by side."""
+    return bool(_native.directions_at_once(cell, *sizes, itemsize, threads, packed))
+
+
+def estimates(
+    cell: int,
+    sizes: tuple[int, int, int, int, int],
+    itemsize: int,
+    threads: int,
+    packed: bool = False,
+) -> dict[str, float]:
+    """Microseconds that the cost model gives each split of a forward pass of sizes (T, B, I, H, P),
+    with as many threads as it can use; without those that can't be used at all. ``packed``: the
+    weights are, before the call."""
+    found = {
+        name: float(_native.estimate(i, cell, *sizes, itemsize, threads, packed))
+        for i, name in enumerate(SPLITS[:3])
+    }
+    return {name: time for name, time in found.items() if time > 0}
+
+
+def ran_isa(isa: str, dot: bool) -> str:
+    """The instruction set whose kernels run when ``isa`` is in force: AVX512_BF16 and AMX have
+    products of their own for packed bfloat16 and int8 weights (``dot``), the rest is AVX-512's."""
+    return "avx512" if isa in ("avx512_bf16", "amx") and not dot else isa
+
+
 def choose(
-    cell: int, sizes: tuple[int, int, int, int, int], itemsize: int, threads: int
+    cell: int,
+    sizes: tuple[int, int, int, int, int],
+    itemsize: int,
+    threads: int,
+    packed: bool = False,
 ) -> tuple[str, int, str, str, str]:
     """What the CPU engine would do for sizes (T, B, I, H, P): isa, threads, kernel_ih, kernel_hh,
     split."""
     isa, threads, ih, hh, split = (
-        int(_native.choose(field, cell, *sizes, itemsize, threads)) for field in range(5)
+        int(_native.choose(field, cell, *sizes, itemsize, threads, packed)) for field in range(5)
     )
     return ISAS[isa], threads, _KERNEL_RAN[ih], _KERNEL_RAN[hh], SPLITS[split]
 
@@ -191,7 +250,9 @@ def last_run() -> dict[str, str | int | None]:
 
     Returns:
         ``engine`` ("cpu", "reference", or None before the first run), and of the CPU engine
-        ``isa``, ``threads`` (number of threads), ``split`` ("serial", "batch" or "units"),
+        ``isa`` (that of the kernels: ``"avx512"`` where ``"amx"`` or ``"avx512_bf16"`` have none
+        of their own), ``threads`` (number of threads; 1 where the pool had no others, or had kept
+        this thread waiting just before), ``split`` ("serial", "batch", "units" or "directions"),
         ``kernel_ih`` and ``kernel_hh`` ("packed", "direct", or "diagonal" for no product);
         None where it does not apply
 

@@ -10,9 +10,12 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import engine
+from ._checks import DTYPES
+from ._layer import spec_of
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .cells import CellSpec, cell_spec
-from .modules import LAYERS, spec_of
+from .modules import LAYERS
+from .quantize import Quantized
 
 __all__ = ["Explanation", "Row", "explain"]
 
@@ -27,12 +30,14 @@ class Row:
         layer: its name
         shape: sizes, cell and dtype in words
         engine: ``"cpu"``, ``"reference"`` or ``"torch.nn"``
-        isa: instruction set, or ``"-"``
+        isa: instruction set of the kernels, or ``"-"``
         threads: number of threads, or 0 where rnnfast does not choose it
-        split: how threads divide the work: ``"serial"``, ``"batch"`` or ``"units"``
+        split: how threads divide the work: ``"serial"``, ``"batch"``, ``"units"``, or
+            ``"directions"`` where both directions of a layer run side by side
         kernel: where the products take their weights: ``"packed"`` or ``"direct"``; input side
             and hidden side if they differ
-        reason: why
+        reason: why; where there was a choice, with the microseconds that the cost model gives a
+            forward pass under each split
     """
 
     layer: str
@@ -62,22 +67,42 @@ class Explanation:
         )
 
 
-def _reason(isa: str, split: str, kernels: tuple[str, str], threads: int, frozen: bool) -> str:
-    parts = [f"{isa} is " + ("forced" if engine.isa_is_forced() else "the widest of this machine")]
+def _reason(
+    isa: str,
+    ran: str,
+    dtype: str,
+    threads: int,
+    split: str,
+    kernel: str,
+    kept: str,
+    times: dict[str, float],
+) -> str:
+    text = f"{isa} is " + ("forced" if engine.isa_is_forced() else "the widest of this machine")
+    if ran != isa:
+        text += f" and runs {ran}'s kernels for {dtype}"
+        text += " weights that are not packed" if dtype == "bfloat16" else ""
+    parts = [text]
     parts.append(
         {
             "serial": "too little work, or one thread, to divide",
             "batch": f"{threads} threads take rows of the batch and need no synchronisation",
             "units": f"{threads} threads take hidden units and meet once a step",
+            "directions": "both directions run side by side, each on half of the threads",
         }[split]
     )
-    if frozen:
-        parts.append("weights packed by freeze()")
+    if engine.split_is_forced():
+        parts[-1] = "the split is forced by use_engine"
+    elif len(times) > 1:
+        listed = ", ".join(f"{name} {time:.0f} us" for name, time in times.items())
+        alone = " of one direction alone" if split == "directions" else ""
+        parts[-1] += f" (model{alone}: {listed})"
+    if kept:
+        parts.append(f"weights packed by {kept}")
     elif engine.kernel_is_forced():
         parts.append("the kernel is forced by use_engine")
-    elif "packed" in kernels:
+    elif "packed" in kernel:
         parts.append("seq_len*batch repays packing the weights")
-    elif "direct" in kernels:
+    elif "direct" in kernel:
         parts.append("too few rows to repay packing the weights")
     return "; ".join(parts)
 
@@ -89,44 +114,66 @@ def _row(
     dtype: torch.dtype,
     device: torch.device,
     train: bool,
-    frozen: bool = False,
+    kept: str = "",
+    both: bool = False,
 ) -> Row:
+    """``dtype`` is that of the weights; ``kept`` names what packed them before the call, if so;
+    ``both``: it is one of two directions of a layer."""
     seq_len, batch, input_size, hidden, out = sizes
+    text = str(dtype).removeprefix("torch.")
     shape = f"{spec.name} T={seq_len} B={batch} I={input_size} H={hidden}"
     shape += f" P={out}" if out != hidden else ""
-    shape += f" {str(dtype).removeprefix('torch.')}{' train' if train else ''}"
+    shape += f" {text}{' train' if train else ''}"
     nothing = ("-", 0, "-", "-")
     if engine.forced == "reference":
         return Row(name, shape, "reference", *nothing, "forced by use_engine")
-    if dtype not in (torch.float32, torch.float64):
-        return Row(name, shape, "none", *nothing, f"no engine for {dtype}: use float32 or float64")
+    if dtype not in (*DTYPES, torch.int8):
+        return Row(name, shape, "none", *nothing, f"no engine for {dtype}: use float32, say")
     if device.type not in ("cpu", "meta"):
         return Row(name, shape, "none", *nothing, f"no engine for {device} in this version")
-    itemsize = torch.empty((), dtype=dtype).element_size()
-    isa, threads, ih, hh, split = engine.choose(spec.id, sizes, itemsize, torch.get_num_threads())
-    if frozen:
+    tensors = torch.float32 if dtype == torch.int8 else dtype
+    itemsize = torch.empty((), dtype=tensors).element_size()
+    offered, packed = torch.get_num_threads(), bool(kept)
+    isa, threads, ih, hh, split = engine.choose(spec.id, sizes, itemsize, offered, packed)
+    if both and engine.directions_at_once(spec.id, sizes, itemsize, offered, packed):
+        split = "directions"
+        threads = 2 * engine.choose(spec.id, sizes, itemsize, offered // 2, packed)[1]
+    if kept:
         ih, hh = "packed", "diagonal" if spec.diagonal else "packed"
     kernel = ih if hh in (ih, "diagonal") else f"{ih}/{hh}"
-    reason = _reason(isa, split, (ih, hh), threads, frozen)
-    return Row(name, shape, "cpu", isa, threads, split, kernel, reason)
+    dot = dtype == torch.int8 or (dtype == torch.bfloat16 and kernel == "packed")
+    ran = engine.ran_isa(isa, dot)
+    times = engine.estimates(spec.id, sizes, itemsize, offered, packed)
+    reason = _reason(isa, ran, text, threads, split, kernel, kept, times)
+    return Row(name, shape, "cpu", ran, threads, split, kernel, reason)
 
 
 def _layer_rows(name: str, module: nn.Module, x: Any, seq_len: int, batch: int) -> list[Row]:
-    weight = next(module.parameters(recurse=False), torch.empty(0))
+    quantized = isinstance(module, Quantized)
+    tensors = module.buffers if quantized else module.parameters
+    weight = next(tensors(recurse=False), torch.empty(0))
     train = torch.is_grad_enabled() and weight.requires_grad
-    if not isinstance(module, (*LAYERS, LSTMCell, GRUCell, RNNCell)):
+    if not isinstance(module, (*LAYERS, Quantized, LSTMCell, GRUCell, RNNCell)):
         why = "a layer of torch.nn: rnnfast.accelerate(model) swaps it, or logs why not"
         return [Row(name, type(module).__name__, "torch.nn", "-", 0, "-", "-", why)]
+    m: Any = module
     cells = {"LSTMCell": "lstm", "GRUCell": "gru"}
-    if isinstance(module, LAYERS):
+    if isinstance(module, (*LAYERS, Quantized)):
         if isinstance(x, PackedSequence):
             seq_len, batch = x.batch_sizes.numel(), int(x.batch_sizes[0])
         elif x is not None and x.dim() == 3:
-            seq_len, batch = (x.size(1), x.size(0)) if module.batch_first else x.shape[:2]
+            seq_len, batch = (x.size(1), x.size(0)) if m.batch_first else x.shape[:2]
         elif x is not None:
             seq_len, batch = x.size(0), 1
-        directions = 2 if module.bidirectional else 1
-        out = module.proj_size or module.hidden_size
+        directions = 2 if m.bidirectional else 1
+        out = m.proj_size or m.hidden_size
+
+        def kept(index: int) -> str:
+            if quantized:
+                return "quantize()"
+            frozen = m._frozen
+            return "" if frozen is None else f"freeze(), {frozen.bytes(index) / 2**20:.1f} MiB"
+
         return [
             _row(
                 f"{name}.l{k}{'_reverse' if d else ''}".lstrip("."),
@@ -134,23 +181,24 @@ def _layer_rows(name: str, module: nn.Module, x: Any, seq_len: int, batch: int) 
                 (
                     seq_len,
                     batch,
-                    module.input_size if k == 0 else out * directions,
-                    module.hidden_size,
+                    m.input_size if k == 0 else out * directions,
+                    m.hidden_size,
                     out,
                 ),
                 weight.dtype,
                 weight.device,
                 train,
-                module._frozen is not None,
+                kept(k * directions + d),
+                directions == 2,
             )
-            for k in range(module.num_layers)
+            for k in range(m.num_layers)
             for d in range(directions)
         ]
-    spec = cell_spec(cells.get(type(module).__name__) or f"rnn_{module.nonlinearity}")
+    spec = cell_spec(cells.get(type(module).__name__) or f"rnn_{m.nonlinearity}")
     if x is not None:
         batch = x.size(0) if x.dim() == 2 else 1
-    h = int(module.hidden_size)  # type: ignore[arg-type]
-    sizes = (1, batch, int(module.input_size), h, h)  # type: ignore[arg-type]
+    h = int(m.hidden_size)
+    sizes = (1, batch, int(m.input_size), h, h)
     return [_row(name or "cell", spec, sizes, weight.dtype, weight.device, train)]
 
 
@@ -196,7 +244,8 @@ def explain(
         x: input to look at; a model is run on it once, in eval mode and without gradients (a
             tuple holds several arguments). Without it ``seq_len`` and ``batch`` are taken
         seq_len, batch: number of steps and of sequences
-        input_size, hidden_size, dtype, train: for the name of a cell
+        input_size, hidden_size, dtype, train: for the name of a cell; ``torch.int8`` stands for a
+            layer that :func:`rnnfast.quantize` made
 
     Returns:
         :class:`Explanation`: ``rows``, one for each layer and direction; printing it gives a table
@@ -218,11 +267,12 @@ def explain(
             )
         spec = cell_spec(what)
         sizes = (seq_len, batch, input_size, hidden_size, hidden_size)
-        return Explanation([_row(spec.name, spec, sizes, dtype, torch.device("cpu"), train)])
+        kept = "quantize()" if dtype == torch.int8 else ""
+        return Explanation([_row(spec.name, spec, sizes, dtype, torch.device("cpu"), train, kept)])
     layers: dict[str, nn.Module] = {
         name: module
         for name, module in what.named_modules()
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase, Quantized))
     }
     inputs: dict[str, Any] = {}
     if x is not None:

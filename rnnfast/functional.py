@@ -54,10 +54,12 @@ _LAYER_DOC = r"""{what}
         dropout: probability of an element being zeroed between layers
         training: whether dropout is applied
         bidirectional: two directions, :math:`D = 2`
+        reset: true at the first step of each new sequence, as :class:`rnnfast.LSTM` takes it
 
     Shape:
         - input: :math:`(T, B, I)`, :math:`(B, T, I)` if ``batch_first``, :math:`(T, I)`, or packed
         - hx: :math:`(D \cdot L, B, H)`, or :math:`(D \cdot L, H)` for unbatched input{projection}
+        - reset: bool, input's shape without the features
         - Output: ``(output, {out})`` of the same forms, :math:`D \cdot H` features
 
     Raises:
@@ -102,6 +104,7 @@ def _layer(
     spec: CellSpec,
     input: Input,
     hx: Any,
+    reset: Any,
     weights: Sequence[Tensor],
     num_layers: int,
     bias: bool,
@@ -127,6 +130,7 @@ def _layer(
         spec,
         input,
         hx,
+        reset,
         weights,
         w_ih.size(1),
         w_ih.size(0) // spec.gates,
@@ -151,12 +155,13 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
     bidirectional: bool = False,
+    reset: Input | None = None,
 ) -> tuple[Any, States]:
     if hx is not None and not isinstance(hx, Tensor) and len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
     return _layer(
-        "LSTM", _LSTM, input, hx, weights, num_layers, bias, batch_first, dropout, training,
-        bidirectional,
+        "LSTM", _LSTM, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
+        training, bidirectional,
     )  # fmt: skip
 
 
@@ -171,10 +176,11 @@ def gru(
     dropout: float = 0.0,
     training: bool = False,
     bidirectional: bool = False,
+    reset: Input | None = None,
 ) -> tuple[Any, Tensor]:
     return _layer(
-        "GRU", _GRU, input, hx, weights, num_layers, bias, batch_first, dropout, training,
-        bidirectional,
+        "GRU", _GRU, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
+        training, bidirectional,
     )  # fmt: skip
 
 
@@ -189,10 +195,11 @@ def rnn_tanh(
     dropout: float = 0.0,
     training: bool = False,
     bidirectional: bool = False,
+    reset: Input | None = None,
 ) -> tuple[Any, Tensor]:
     return _layer(
-        "RNN", _RNN_TANH, input, hx, weights, num_layers, bias, batch_first, dropout, training,
-        bidirectional,
+        "RNN", _RNN_TANH, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
+        training, bidirectional,
     )  # fmt: skip
 
 
@@ -207,10 +214,11 @@ def rnn_relu(
     dropout: float = 0.0,
     training: bool = False,
     bidirectional: bool = False,
+    reset: Input | None = None,
 ) -> tuple[Any, Tensor]:
     return _layer(
-        "RNN", _RNN_RELU, input, hx, weights, num_layers, bias, batch_first, dropout, training,
-        bidirectional,
+        "RNN", _RNN_RELU, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
+        training, bidirectional,
     )  # fmt: skip
 
 
@@ -225,9 +233,10 @@ def indrnn_tanh(
     dropout: float = 0.0,
     training: bool = False,
     bidirectional: bool = False,
+    reset: Input | None = None,
 ) -> tuple[Any, Tensor]:
     return _layer(
-        "IndRNN", _INDRNN_TANH, input, hx, weights, num_layers, bias, batch_first, dropout,
+        "IndRNN", _INDRNN_TANH, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
         training, bidirectional,
     )  # fmt: skip
 
@@ -243,9 +252,10 @@ def indrnn_relu(
     dropout: float = 0.0,
     training: bool = False,
     bidirectional: bool = False,
+    reset: Input | None = None,
 ) -> tuple[Any, Tensor]:
     return _layer(
-        "IndRNN", _INDRNN_RELU, input, hx, weights, num_layers, bias, batch_first, dropout,
+        "IndRNN", _INDRNN_RELU, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
         training, bidirectional,
     )  # fmt: skip
 

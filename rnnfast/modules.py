@@ -9,20 +9,9 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from . import _run
-from ._freeze import Frozen, why_not
-from .cells import CellSpec, cell_spec
+from ._layer import Layer
 
 __all__ = ["GRU", "LSTM", "RNN", "IndRNN"]
-
-_SPECS: dict[str, CellSpec] = {
-    "LSTM": cell_spec("lstm"),
-    "GRU": cell_spec("gru"),
-    "RNN_TANH": cell_spec("rnn_tanh"),
-    "RNN_RELU": cell_spec("rnn_relu"),
-    "INDRNN_TANH": cell_spec("indrnn_tanh"),
-    "INDRNN_RELU": cell_spec("indrnn_relu"),
-}
 
 
 def _no_proj_size(kwargs: dict[str, Any], name: str) -> None:
@@ -32,126 +21,7 @@ def _no_proj_size(kwargs: dict[str, Any], name: str) -> None:
         raise TypeError(f"{name}.__init__() got an unexpected keyword argument '{key}'")
 
 
-# nn.RNNBase and not nn.LSTM: torch.compile refuses every subclass of nn.LSTM, nn.GRU and nn.RNN
-class _Layer(nn.RNNBase):
-    """What the four layers share."""
-
-    _frozen: Frozen | None = None
-
-    def _weights(self) -> list[Any]:
-        # read at every call: functional_call, parametrizations and attributes may replace them
-        try:
-            parameters = self._parameters
-            return [parameters[name] for name in self._flat_weights_names]
-        except KeyError:
-            return [getattr(self, name) for name in self._flat_weights_names]
-
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
-        """Run the layer.
-
-        Args:
-            input: the sequence, a tensor or a :class:`torch.nn.utils.rnn.PackedSequence`
-            hx: initial state; zeros if ``None``
-
-        Shape: as in the class.
-        """
-        weights = self._weights()
-        frozen = self._frozen
-        if frozen is not None and torch.compiler.is_compiling():
-            frozen = None  # its checks of memory and versions can't be traced
-        return _run.layer(
-            type(self).__name__,
-            _SPECS[self.mode],
-            input,
-            hx,
-            weights,
-            self.input_size,
-            self.hidden_size,
-            self.proj_size,
-            self.num_layers,
-            self.bias,
-            self.batch_first,
-            self.dropout if self.training else 0.0,
-            self.bidirectional,
-            None if frozen is None else frozen.packed(weights),
-        )
-
-    def flatten_parameters(self) -> None:
-        """Do nothing; every parameter keeps storage of its own.
-
-        So weights can be tied, sharded and saved by safetensors. Kept because code written
-        for torch.nn calls it.
-        """
-
-    def freeze(self) -> _Layer:
-        """Pack the weights once, for inference, and keep the packed copy until :meth:`unfreeze`.
-
-        Without it each call packs anew where that pays, because weights may change between
-        calls. The packed copy costs about the memory of the weights; ``state_dict`` and
-        pickles do not contain it, and a copy of a frozen layer packs its own. Graphs of
-        torch.compile and torch.export do not use it.
-
-        .. warning::
-            Writing through ``.data`` (``layer.weight_hh_l0.data.mul_(2)``) or NumPy leaves no trace
-            to be checked: the layer goes on with the old weights. Write under ``torch.no_grad()``,
-            which is noticed, or call :meth:`freeze` again.
-
-        Returns:
-            the layer itself
-
-        Raises:
-            RuntimeError: if the weights are no parameters (parametrized, say), or not float32 or
-                float64 on the CPU. A call of the frozen layer raises it if gradients are needed, or
-                if a weight was replaced or changed since (then :meth:`freeze` or :meth:`unfreeze`)
-
-        Example::
-
-            >>> layer.eval().freeze()
-            >>> with torch.inference_mode():
-            ...     y, state = layer(x)
-        """
-        count = self.num_layers * (2 if self.bidirectional else 1)
-        self._frozen = Frozen(_SPECS[self.mode], self._parameters, self._flat_weights_names, count)
-        return self
-
-    def unfreeze(self) -> _Layer:
-        """Drop what :meth:`freeze` kept; the layer computes and trains as before.
-
-        Returns:
-            the layer itself
-        """
-        self._frozen = None
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # .to(), .double() and friends swap what lies under a parameter
-        frozen = self._frozen is not None
-        super()._apply(fn, recurse)
-        if frozen:
-            self.unfreeze()
-            self._refreeze()
-        return self
-
-    def _refreeze(self) -> None:
-        # a copy or a move must not fail over it
-        if why_not(self._parameters, self._flat_weights_names) is None:
-            self.freeze()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()
-        # the packed weights belong to this process and these parameters; a copy packs its own
-        if state.pop("_frozen", None) is not None:
-            state["_refreeze"] = True
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        refreeze = state.pop("_refreeze", False)
-        super().__setstate__(state)
-        if refreeze:
-            self._refreeze()
-
-
-class LSTM(_Layer):
+class LSTM(Layer):
     r"""Long short-term memory, a drop-in for :class:`torch.nn.LSTM`.
 
     .. math::
@@ -178,15 +48,18 @@ class LSTM(_Layer):
         proj_size: size :math:`P` of the projected output; 0 for none (:math:`P = H`)
         device, dtype: of the parameters
 
-    Inputs: input, (h_0, c_0)
-        The state is zero where it is not given. Under autocast, floating inputs and states are
-        cast to the dtype of the weights, and the output has it.
+    Inputs: input, (h_0, c_0), reset
+        The state is zero where it is not given, and where ``reset`` is true. Under autocast,
+        weights, input and states are cast to its dtype, and the outputs have it (float64 weights,
+        and those of a frozen layer, stay as they are, and the rest is cast to theirs).
 
     Shape:
         - input: :math:`(T, B, I)`, :math:`(B, T, I)` if ``batch_first``, :math:`(T, I)`, or a
           :class:`~torch.nn.utils.rnn.PackedSequence`, of which only valid steps are computed
         - h_0, h_n: :math:`(D \cdot L, B, P)` or :math:`(D \cdot L, P)`
         - c_0, c_n: :math:`(D \cdot L, B, H)` or :math:`(D \cdot L, H)`
+        - reset: bool, input's shape without the features, or packed like it; true at the first
+          step of a new sequence
         - output: :math:`(T, B, D \cdot P)` in the form of input
 
     Outputs: output, (h_n, c_n)
@@ -238,7 +111,7 @@ class LSTM(_Layer):
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
 
-class GRU(_Layer):
+class GRU(Layer):
     r"""Gated recurrent unit, a drop-in for :class:`torch.nn.GRU`.
 
     .. math::
@@ -262,14 +135,17 @@ class GRU(_Layer):
         bidirectional: two directions (:math:`D = 2`), outputs concatenated
         device, dtype: of the parameters
 
-    Inputs: input, h_0
-        The state is zero where it is not given. Under autocast, floating inputs and states are
-        cast to the dtype of the weights, and the output has it.
+    Inputs: input, h_0, reset
+        The state is zero where it is not given, and where ``reset`` is true. Under autocast,
+        weights, input and states are cast to its dtype, and the outputs have it (float64 weights,
+        and those of a frozen layer, stay as they are, and the rest is cast to theirs).
 
     Shape:
         - input: :math:`(T, B, I)`, :math:`(B, T, I)` if ``batch_first``, :math:`(T, I)`, or a
           :class:`~torch.nn.utils.rnn.PackedSequence`, of which only valid steps are computed
         - h_0, h_n: :math:`(D \cdot L, B, H)` or :math:`(D \cdot L, H)`
+        - reset: bool, input's shape without the features, or packed like it; true at the first
+          step of a new sequence
         - output: :math:`(T, B, D \cdot H)` in the form of input
 
     Outputs: output, h_n
@@ -320,7 +196,7 @@ def _check_nonlinearity(nonlinearity: str) -> None:
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
 
 
-class RNN(_Layer):
+class RNN(Layer):
     r"""Elman RNN, a drop-in for :class:`torch.nn.RNN`.
 
     .. math::
@@ -339,14 +215,17 @@ class RNN(_Layer):
         bidirectional: two directions (:math:`D = 2`), outputs concatenated
         device, dtype: of the parameters
 
-    Inputs: input, h_0
-        The state is zero where it is not given. Under autocast, floating inputs and states are
-        cast to the dtype of the weights, and the output has it.
+    Inputs: input, h_0, reset
+        The state is zero where it is not given, and where ``reset`` is true. Under autocast,
+        weights, input and states are cast to its dtype, and the outputs have it (float64 weights,
+        and those of a frozen layer, stay as they are, and the rest is cast to theirs).
 
     Shape:
         - input: :math:`(T, B, I)`, :math:`(B, T, I)` if ``batch_first``, :math:`(T, I)`, or a
           :class:`~torch.nn.utils.rnn.PackedSequence`, of which only valid steps are computed
         - h_0, h_n: :math:`(D \cdot L, B, H)` or :math:`(D \cdot L, H)`
+        - reset: bool, input's shape without the features, or packed like it; true at the first
+          step of a new sequence
         - output: :math:`(T, B, D \cdot H)` in the form of input
 
     Outputs: output, h_n
@@ -395,7 +274,7 @@ class RNN(_Layer):
         )  # fmt: skip
 
 
-class IndRNN(_Layer):
+class IndRNN(Layer):
     r"""Independently recurrent network: every unit sees only its own past.
 
     .. math::
@@ -415,14 +294,17 @@ class IndRNN(_Layer):
         bidirectional: two directions (:math:`D = 2`), outputs concatenated
         device, dtype: of the parameters
 
-    Inputs: input, h_0
-        The state is zero where it is not given. Under autocast, floating inputs and states are
-        cast to the dtype of the weights, and the output has it.
+    Inputs: input, h_0, reset
+        The state is zero where it is not given, and where ``reset`` is true. Under autocast,
+        weights, input and states are cast to its dtype, and the outputs have it (float64 weights,
+        and those of a frozen layer, stay as they are, and the rest is cast to theirs).
 
     Shape:
         - input: :math:`(T, B, I)`, :math:`(B, T, I)` if ``batch_first``, :math:`(T, I)`, or a
           :class:`~torch.nn.utils.rnn.PackedSequence`, of which only valid steps are computed
         - h_0, h_n: :math:`(D \cdot L, B, H)` or :math:`(D \cdot L, H)`
+        - reset: bool, input's shape without the features, or packed like it; true at the first
+          step of a new sequence
         - output: :math:`(T, B, D \cdot H)` in the form of input
 
     Outputs: output, h_n
@@ -491,9 +373,4 @@ class IndRNN(_Layer):
         return text if self.nonlinearity == "relu" else f"{text}, nonlinearity={self.nonlinearity}"
 
 
-def spec_of(layer: nn.Module) -> CellSpec:
-    """The cell of a layer of this module."""
-    return _SPECS[layer.mode]  # type: ignore[index]
-
-
-LAYERS: tuple[type[_Layer], ...] = (LSTM, GRU, RNN, IndRNN)
+LAYERS: tuple[type[Layer], ...] = (LSTM, GRU, RNN, IndRNN)

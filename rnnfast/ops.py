@@ -1,12 +1,14 @@
 """The dispatcher's operators seen from Python: fake kernels and derivatives.
 
-``rnnfast::forward`` and ``rnnfast::backward`` are one direction of one layer; their schemas and CPU
-kernels live in csrc/bindings. Both have derivatives: that of ``forward`` is ``backward``, that of
-``backward`` is reference.py differentiated twice, right to any order.
+``rnnfast::forward`` and ``rnnfast::backward`` are one direction of one layer (_both.py has the
+operators for both at once); their schemas and CPU kernels live in csrc/bindings. Both have
+derivatives: that of ``forward`` is ``backward``, that of ``backward`` is reference.py
+differentiated twice, right to any order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,13 +19,18 @@ from ._checks import check_layer, has_values
 from ._library import load
 from .cells import CELLS, cell_spec
 
-__all__ = ["backward", "forward", "pack"]
+__all__ = ["backward", "forward", "pack", "pack_int8"]
 
 load()
 
 forward = torch.ops.rnnfast.forward.default
 backward = torch.ops.rnnfast.backward.default
 pack = torch.ops.rnnfast.pack.default
+pack_int8 = torch.ops.rnnfast.pack_int8.default
+
+# Skips autograd's part of the dispatcher, in Python for these operators: where there is nothing
+# to differentiate.
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # the differentiable arguments, in the order of the bits of `needs`
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -68,6 +75,7 @@ def _(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    reset: Tensor | None,
     packed: Tensor | None,
     cell: int,
     reverse: bool,
@@ -75,10 +83,10 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_devices(
         x, batch_sizes, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr,
-        packed=packed,
+        reset=reset, packed=packed,
     )  # fmt: skip
     spec = cell_spec(cell)
-    check_layer(spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
+    check_layer(spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset)
     hidden = _hidden(w_ih, cell)
     out = hidden if w_hr is None else w_hr.shape[0]
     if batch_sizes is None:
@@ -90,7 +98,8 @@ def _(
         rows = x.shape[0]
         y = x.new_empty((rows, out))
     planes = spec.saved + spec.states - 1 + (w_hr is not None)
-    saved = x.new_empty((rows, planes, hidden) if save else (0,))
+    kept = torch.float64 if x.dtype == torch.float64 else torch.float32
+    saved = x.new_empty((rows, planes, hidden) if save else (0,), dtype=kept)
     return y, x.new_empty((batch, out)), x.new_empty((spec.states - 1, batch, hidden)), saved
 
 
@@ -108,6 +117,7 @@ def _(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    reset: Tensor | None,
     y: Tensor,
     saved: Tensor,
     cell: int,
@@ -116,7 +126,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     _check_devices(
         x, batch_sizes, dy=dy, dh_n=dh_n, dc_n=dc_n, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh,
-        b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, y=y, saved=saved,
+        b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, reset=reset, y=y, saved=saved,
     )  # fmt: skip
     hidden = _hidden(w_ih, cell)
     batch: Any = 0
@@ -142,51 +152,69 @@ def _(
 
 @torch.library.register_fake("rnnfast::pack")
 def _(w_ih: Tensor, w_hh: Tensor, w_hr: Tensor | None, cell: int) -> Tensor:
-    return w_ih.new_empty((torch.library.get_ctx().new_dynamic_size(),))
+    return w_ih.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8)
 
 
-def _needs(needed: Any) -> int:
+@torch.library.register_fake("rnnfast::pack_int8")
+def _(
+    w_ih: Tensor,
+    scale_ih: Tensor,
+    w_hh: Tensor,
+    scale_hh: Tensor | None,
+    w_hr: Tensor | None,
+    scale_hr: Tensor | None,
+    cell: int,
+) -> Tensor:
+    return w_ih.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8)
+
+
+def needs_mask(needed: Any) -> int:
+    """The `needs` of backward."""
     return sum(bit for bit, needs in zip(_BITS, needed, strict=True) if needs)
 
 
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     y, _, c_n, saved = output
-    ctx.cell, ctx.reverse, ctx.save = inputs[10:13]
+    ctx.cell, ctx.reverse, ctx.save = inputs[11:14]
     if CELLS[ctx.cell].states == 1:
         ctx.mark_non_differentiable(saved, c_n)
     else:
         ctx.mark_non_differentiable(saved)
-    ctx.save_for_backward(*inputs[:9], y, saved)
+    ctx.save_for_backward(*inputs[:10], y, saved)
 
 
-def _forward_backward(
+def forward_backward(
     ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: Tensor | None
 ) -> _Grads:
-    none: _Grads = (None,) * 13
+    none: _Grads = (None,) * 14
     needed = ctx.needs_input_grad[:8]
     if dy is None and dh_n is None and dc_n is None:
         return none
     *inputs, y, saved = ctx.saved_tensors
-    batch_sizes = inputs[8]
     if torch._C._are_functorch_transforms_active():
         # batched gradients (is_grads_batched, vectorize=True): the kernel takes one at a time
-        grads = _reference_backward((dy, dh_n, dc_n), tuple(inputs[:8]), batch_sizes, ctx, needed)
+        grads = _reference_backward((dy, dh_n, dc_n), tuple(inputs[:8]), inputs[8:], ctx, needed)
         return (*grads, *none[8:])
     if not ctx.save:
         with torch.no_grad():
             y, _, _, saved = forward(*inputs, None, ctx.cell, ctx.reverse, True)
-    grads = backward(dy, dh_n, dc_n, *inputs, y, saved, ctx.cell, ctx.reverse, _needs(needed))
+    args = (dy, dh_n, dc_n, *inputs, y, saved, ctx.cell, ctx.reverse, needs_mask(needed))
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        grads = backward(*args)
+    else:  # nobody will differentiate the gradients
+        with below_autograd():
+            grads = backward(*args)
     return (*(g if n else None for g, n in zip(grads, needed, strict=True)), *none[8:])
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.cell, ctx.reverse, ctx.needs = inputs[14:17]
+    ctx.cell, ctx.reverse, ctx.needs = inputs[15:18]
     ctx.mark_non_differentiable(
         *(g for g, bit in zip(output, _BITS, strict=True) if not ctx.needs & bit)
     )
-    ctx.save_for_backward(*inputs[:12])
+    ctx.save_for_backward(*inputs[:13])
 
 
 def _alias(tensor: Tensor | None, needed: bool) -> Tensor | None:
@@ -200,21 +228,21 @@ def _alias(tensor: Tensor | None, needed: bool) -> Tensor | None:
 
 
 def _reference_backward(
-    dout: _Grads, args: _Grads, batch_sizes: Tensor | None, ctx: Any, wanted: Any
+    dout: _Grads, args: _Grads, rows: Sequence[Tensor | None], ctx: Any, wanted: Any
 ) -> list[Tensor | None]:
     """Gradients of the arguments that are wanted, by reference.py, themselves differentiable
     if grad mode is on."""
     create_graph = torch.is_grad_enabled()
     leaves = [_alias(a, n) for a, n in zip(args, wanted, strict=True)]
     with torch.enable_grad():
-        return _vjp(dout, leaves, batch_sizes, ctx, wanted, create_graph)
+        return _vjp(dout, leaves, rows, ctx, wanted, create_graph)
 
 
 def _vjp(
-    dout: Any, leaves: Any, batch_sizes: Tensor | None, ctx: Any, wanted: Any, create_graph: bool
+    dout: Any, leaves: Any, rows: Any, ctx: Any, wanted: Any, create_graph: bool
 ) -> list[Tensor | None]:
     run: Any = reference.forward
-    out = run(*leaves, batch_sizes, cell=ctx.cell, reverse=ctx.reverse)
+    out = run(*leaves, *rows, cell=ctx.cell, reverse=ctx.reverse)
     pairs = [(o, d) for o, d in zip(out, dout, strict=True) if d is not None and o.requires_grad]
     chosen = [leaf for leaf, n in zip(leaves, wanted, strict=True) if n]
     if not pairs or not chosen:
@@ -234,9 +262,10 @@ def _vjp(
 
 
 def _backward_backward(ctx: Any, *ddout: Tensor | None) -> _Grads:
-    none: _Grads = (None,) * 17
+    none: _Grads = (None,) * 18
     args = list(ctx.saved_tensors)
-    batch_sizes = args.pop()
+    rows = batch_sizes, _ = args[11:]
+    del args[11:]
     dout_needed, needed = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:11]
     create_graph = torch.is_grad_enabled()
     asked = [bool(ctx.needs & bit) and d is not None for bit, d in zip(_BITS, ddout, strict=True)]
@@ -261,7 +290,7 @@ def _backward_backward(ctx: Any, *ddout: Tensor | None) -> _Grads:
     either = [(n or a) and t is not None for n, a, t in zip(needed, asked, args[3:], strict=True)]
     leaves = [_alias(t, n) for t, n in zip(args[3:], either, strict=True)]
     with torch.enable_grad():
-        first = _vjp(dout, leaves, batch_sizes, ctx, [a and e for a, e in zip(asked, either)], True)
+        first = _vjp(dout, leaves, rows, ctx, [a and e for a, e in zip(asked, either)], True)
         pairs = [
             (g, d)
             for g, d in zip(first, ddout, strict=True)
@@ -284,7 +313,40 @@ def _backward_backward(ctx: Any, *ddout: Tensor | None) -> _Grads:
     return (*(next(grads) if n else None for n in wanted), *none[11:])
 
 
-torch.library.register_autograd("rnnfast::forward", _forward_backward, setup_context=_forward_setup)
+def refuse_packed(packed: Tensor | None) -> None:
+    if packed is not None:
+        raise RuntimeError(
+            "rnnfast: a frozen or quantized layer gives no gradients; call it under "
+            "torch.no_grad() or torch.inference_mode(), or unfreeze() a frozen one"
+        )
+
+
+class RNNFast(torch.autograd.Function):
+    """``rnnfast::forward`` with its registered formula, but without the dispatcher's way to Python
+    and back, which takes longer than a small layer. For calls that are :func:`is_eager`."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        with below_autograd():
+            output = forward(*args)
+        _forward_setup(ctx, args, output)
+        return output
+
+    backward = staticmethod(forward_backward)
+
+
+def is_eager(args: tuple[Any, ...]) -> bool:
+    """Whether nobody traces or overrides operators, so that autograd's part of the dispatcher may
+    be passed by."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or torch.overrides.has_torch_function(args)
+    )
+
+
+torch.library.register_autograd("rnnfast::forward", forward_backward, setup_context=_forward_setup)
 torch.library.register_autograd(
     "rnnfast::backward", _backward_backward, setup_context=_backward_setup
 )

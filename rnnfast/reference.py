@@ -72,6 +72,7 @@ def forward(
     b_hh: Tensor | None,
     w_hr: Tensor | None = None,
     batch_sizes: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     cell: CellSpec | str | int,
     reverse: bool = False,
@@ -84,6 +85,8 @@ def forward(
         w_ih, w_hh, b_ih, b_hh: weights in PyTorch's layout and gate order
         w_hr: projection of the LSTM with ``proj_size``, or ``None``
         batch_sizes: as in :class:`torch.nn.utils.rnn.PackedSequence`, or ``None``
+        reset: where it is true, the state that enters the step of that row is zero, whatever was
+            there before; or ``None``
         cell: name, id or :class:`~rnnfast.cells.CellSpec`
         reverse: run time backwards; ``y[t]`` still belongs to ``x[t]``
 
@@ -96,6 +99,7 @@ def forward(
         - b_ih, b_hh: :math:`(G \cdot H)`
         - w_hr: :math:`(P, H)`
         - batch_sizes: :math:`(T)`, int64
+        - reset: :math:`(T, B)`, or packed :math:`(\sum_t n_t)`, bool
         - Output: ``y`` :math:`(T, B, P)` or :math:`(\sum_t n_t, P)`, ``h_n`` :math:`(B, P)`,
           ``c_n`` :math:`(S-1, B, H)`
 
@@ -115,6 +119,8 @@ def forward(
         valid, to_packed, to_padded = _packed_index(batch_sizes, batch, x.size(0))
         valid, to_packed, to_padded = (i.to(x.device) for i in (valid, to_packed, to_padded))
         x = x[to_packed].unflatten(0, (-1, batch)) if batch else x.new_zeros(0, 0, x.size(1))
+        if reset is not None:
+            reset = reset[to_packed].unflatten(0, (-1, batch)) & valid if batch else None
         # what stands in place of a missing row must not leak a NaN of another sequence
         valid = valid.unsqueeze(-1)
         x = torch.where(valid, x, 0)
@@ -127,8 +133,13 @@ def forward(
     gx = x @ w_ih.t()
     if b_ih is not None:
         gx = gx + b_ih
+    if reset is not None:
+        reset = reset.unsqueeze(-1)
     y: list[Tensor] = [h] * steps
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
+        if reset is not None:  # where() and no product: a NaN in the old state ends here
+            h = torch.where(reset[t], 0, h)
+            rest = tuple(torch.where(reset[t], 0, state) for state in rest)
         gh = h * w_hh if spec.diagonal else h @ w_hh.t()
         if b_hh is not None:
             gh = gh + b_hh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +16,19 @@ import torch
 from pairwise import pairwise
 from torch import Tensor
 
+import rnnfast
+
 SEQ_LENS = (1, 2, 3, 7, 40)
 BATCHES = (0, 1, 2, 5, 6, 7, 13, 33)
 HIDDEN = (1, 3, 8, 15, 16, 17, 31, 33, 64, 100, 130)
 INPUTS = (1, 5, 16, 40)
 DTYPES = (torch.float32, torch.float64)
+_SHORT = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+}
 LAYOUTS = ("contiguous", "batch_first", "strided", "offset", "expanded")
 # What x may be. A packed batch has one layout and two seats, so that enough cases are packed.
 FORMS = (*LAYOUTS, "packed", "packed, uneven")
@@ -76,7 +85,7 @@ class Case:
         marks = [
             self.cell,
             f"T{self.seq_len}-B{self.batch}-I{self.input_size}-H{self.hidden}",
-            "f64" if self.dtype == torch.float64 else "f32",
+            _SHORT[self.dtype],
         ]
         marks += [f"P{self.proj}"] if self.proj else []
         marks += [] if self.bias else ["nobias"]
@@ -340,7 +349,7 @@ def _pack_cotangents(problem: Problem) -> Problem:
 
 
 def op_inputs(problem: Problem, *, grad: bool = True) -> tuple[Tensors, list[Any]]:
-    """Leaves by name, and the first nine arguments of rnnfast::forward."""
+    """Leaves by name, and the first ten arguments of rnnfast::forward (no resets)."""
     lengths = problem.case.lengths
     leaves = {}
     for name, value in problem.inputs.items():
@@ -351,7 +360,7 @@ def op_inputs(problem: Problem, *, grad: bool = True) -> tuple[Tensors, list[Any
             value = oracle.pack_rows(value, lengths)
         leaves[name] = value.requires_grad_(grad)
     sizes = None if lengths is None else torch.tensor(oracle.batch_sizes_of(lengths))
-    return leaves, [*op_operands(leaves), sizes]
+    return leaves, [*op_operands(leaves), sizes, None]
 
 
 def op_operands(leaves: Mapping[str, Tensor]) -> list[Tensor | None]:
@@ -393,7 +402,7 @@ class Peer(dict[str, Tensor]):
     and its largest error counts. What is less accurate in earnest stays over it.
     """
 
-    DRAWS = 4
+    DRAWS = 8  # at 4, two tensors of a hundred cells' exceed the bound on one processor by chance
 
     def __init__(self, first: Tensors, redraw: Callable[[int], Tensors]) -> None:
         super().__init__(first)
@@ -457,6 +466,18 @@ def check(ours: Tensors, peer: Tensors | None, ref: Tensors, dtype: torch.dtype)
     assert not broken, "; ".join(broken)
 
 
+def is_taken(split: str, run: Any) -> bool:
+    """Whether a run of the engine divides its work so, with that split forced: a busy machine may
+    give one thread only, for a while."""
+    with rnnfast.use_engine("cpu", split=split):
+        for _ in range(60):
+            run()
+            if rnnfast.last_run()["split"] == split:
+                return True
+            time.sleep(0.05)
+    return False
+
+
 def run_peer(problem: Problem) -> Tensors:
     """torch.nn in the case's dtype, or for a cell that it lacks the oracle."""
     return run_torch(problem) or run_oracle(problem, problem.case.dtype)
@@ -493,5 +514,5 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    view = torch.int32 if a.element_size() == 4 else torch.int64
+    view = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.contiguous().view(view), b.contiguous().view(view))

@@ -6,7 +6,7 @@ no line shared with the package. ``test_oracle.py`` proves that it equals torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,12 @@ CELLS = tuple(GATES)
 TORCH_CELLS = CELLS[:4]
 
 State = tuple[Tensor, "Tensor | None"]
+# What rows become as they enter a product: rounded to 16 bits, or to bytes with a scale.
+Enter = Callable[[Tensor], Tensor]
+
+
+def _as_it_is(rows: Tensor) -> Tensor:
+    return rows
 
 
 def step(
@@ -29,11 +35,19 @@ def step(
     b_hh: Tensor | None,
     w_hr: Tensor | None = None,
     margins: list[float] | None = None,
+    enter: Enter = _as_it_is,
+    seen: Tensor | None = None,
 ) -> State:
-    """One time step of one cell; ``margins`` collects how near relu came to its kink."""
+    """One time step of one cell; ``margins`` collects how near relu came to its kink.
+
+    ``seen`` takes the place of h in its product, not in the cell.
+    """
     h, c = state
-    gx = x @ w_ih.t()
-    gh = h * w_hh if cell.startswith("indrnn") else h @ w_hh.t()
+    gx = enter(x) @ w_ih.t()
+    if cell.startswith("indrnn"):
+        gh = h * w_hh
+    else:
+        gh = enter(h if seen is None else seen) @ w_hh.t()
     if b_ih is not None:
         gx = gx + b_ih
     if b_hh is not None:
@@ -43,7 +57,7 @@ def step(
         i, f, g, o = (gx + gh).chunk(4, 1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
-        return (h if w_hr is None else h @ w_hr.t()), c
+        return (h if w_hr is None else enter(h) @ w_hr.t()), c
     if cell == "gru":
         xr, xz, xn = gx.chunk(3, 1)
         hr, hz, hn = gh.chunk(3, 1)
@@ -68,8 +82,13 @@ def direction(
     reverse: bool = False,
     lengths: Sequence[int] | None = None,
     margins: list[float] | None = None,
+    enter: Enter = _as_it_is,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One direction of one layer: x (T, B, I) -> y (T, B, P), h_n (B, P), c_n (B, H) or None.
+
+    ``enter`` models what an engine rounds; ``seen`` is the y (T, B, P) that the engine gave: each
+    step then multiplies that of the step before, so that roundings to the other side do not grow.
 
     ``weights`` is (w_ih, w_hh, b_ih, b_hh, w_hr), None where absent. Sequence b ends after
     ``lengths[b]`` steps: its state stays as it is and y is zero from there on.
@@ -86,9 +105,14 @@ def direction(
         torch.full((batch, 1), seq_len) if lengths is None else torch.tensor(lengths)[:, None]
     )
     ys: list[Tensor] = [x] * seq_len
+    before: Tensor | None = None
     for t in reversed(range(seq_len)) if reverse else range(seq_len):
         alive = alive_until > t
-        h_new, c_new = step(cell, x[t], (h, c), w_ih, w_hh, b_ih, b_hh, w_hr, margins)
+        h_new, c_new = step(
+            cell, x[t], (h, c), w_ih, w_hh, b_ih, b_hh, w_hr, margins, enter, before
+        )
+        if seen is not None:
+            before = torch.where(alive, seen[t], h if before is None else before)
         ys[t] = torch.where(alive, h_new, torch.zeros_like(h_new))
         h = torch.where(alive, h_new, h)
         if c is not None and c_new is not None:

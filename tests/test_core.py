@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rnnfast import _core  # built with RNNFAST_DEV=1, as `make test` does
 from rnnfast.cells import CELLS
@@ -78,6 +79,57 @@ def test_product(isa: str, dtype: type, packed: bool) -> None:
         assert error < 20 * np.finfo(dtype).eps, (rows, units, k)
 
 
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def _bits(halves: torch.Tensor) -> np.ndarray:
+    return halves.view(torch.int16).numpy().view(np.uint16)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_widening_is_exact(isa: str, dtype: torch.dtype) -> None:
+    """All 65536 numbers, and one fewer: the last vector is a part of one."""
+    bits = np.arange(2**16, dtype=np.uint16)
+    expected = torch.from_numpy(bits.view(np.int16)).view(dtype).float().numpy()
+    for count in (2**16, 2**16 - 1, 3):
+        got = _core.widen(isa, dtype == torch.bfloat16, bits[:count])
+        nan = np.isnan(expected[:count])
+        np.testing.assert_array_equal(np.isnan(got), nan)
+        np.testing.assert_array_equal(
+            got.view(np.uint32)[~nan], expected[:count].view(np.uint32)[~nan]
+        )
+
+
+def _floats(dtype: torch.dtype) -> np.ndarray:
+    """Random bits, every 16-bit number with what lies half-way to its neighbours, and beside it."""
+    random = np.random.default_rng(0)
+    any_bits = random.integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    exact = halves[halves.isfinite()].double().sort().values
+    ties = ((exact[1:] + exact[:-1]) / 2).float().numpy()
+    ties = ties[np.isfinite(ties)]
+    near = [np.nextafter(ties, np.float32(to)) for to in (-np.inf, np.inf)]
+    largest = np.float32(torch.finfo(dtype).max)
+    half = np.float32(65520.0 if dtype == torch.float16 else 3.3961775e38)  # a tie with infinity
+    edges = [0.0, -0.0, np.inf, -np.inf, np.nan, largest, half, -half]
+    edges += [np.nextafter(half, np.float32(0)), 1e-45, 3e-8, 2.0**-25, 1e-8]
+    return np.concatenate([any_bits.view(np.float32), ties, *near, np.array(edges, np.float32)])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_narrowing_rounds_as_torch(isa: str, dtype: torch.dtype) -> None:
+    """To the nearest, ties to even; subnormal numbers, overflow; a NaN stays one, sign kept."""
+    values = _floats(dtype)
+    expected = torch.from_numpy(values).to(dtype)
+    got = _core.narrow(isa, dtype == torch.bfloat16, values)
+    nan = np.isnan(values)
+    np.testing.assert_array_equal(got[~nan], _bits(expected)[~nan])
+    back = torch.from_numpy(got.view(np.int16)).view(dtype)
+    assert bool(back[torch.from_numpy(nan)].isnan().all())
+
+
 def test_cells_are_those_of_python() -> None:
     """csrc/cells/list.h and rnnfast/cells.py name the same cells."""
     ours = [
@@ -128,13 +180,17 @@ CHOICES = [
     ((LSTM, 1, 1, 512, 512, 2), (2, "units", "direct", "direct")),
     ((LSTM, 100, 1, 512, 512, 2), (2, "units", "packed", "packed")),
     ((LSTM, 50, 32, 256, 256, 2), (2, "batch", "packed", "packed")),  # w_hh fits the private cache
-    ((LSTM, 1, 32, 512, 512, 2), (2, "units", "packed", "packed")),  # six tiles repay packing
+    ((LSTM, 1, 1, 256, 256, 2), (2, "units", "direct", "direct")),  # two caches hold the weights
+    ((LSTM, 1, 64, 512, 512, 2), (2, "units", "direct", "direct")),  # too few rows to repay packing
+    ((LSTM, 1, 128, 512, 512, 2), (2, "units", "packed", "packed")),
     ((LSTM, 100, 64, 512, 512, 2), (2, "units", "packed", "packed")),  # it does not
+    ((LSTM, 1000, 128, 32, 32, 2), (2, "batch", "packed", "packed")),
+    ((LSTM, 100, 1, 512, 512, 8), (8, "units", "packed", "packed")),
     ((LSTM, 100, 64, 512, 512, 1), (1, "serial", "packed", "packed")),
     ((GRU, 1000, 16, 64, 64, 2), (2, "batch", "packed", "packed")),
     ((INDRNN, 500, 32, 128, 128, 2), (2, "batch", "packed", "none")),
     # a barrier a step would cost more
-    ((LSTM, 512, 3, 48, 48, 8), (1, "serial", "packed", "packed")),
+    ((LSTM, 200, 1, 32, 32, 8), (1, "serial", "packed", "packed")),
 ]
 
 

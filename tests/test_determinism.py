@@ -129,7 +129,7 @@ def test_a_batch_computed_as_packed(case: Case) -> None:
     rows = leaves["x"].detach().reshape(-1, case.input_size).requires_grad_()
     sizes = torch.full((case.seq_len,), case.batch)
     y, h_n, _, _ = torch.ops.rnnfast.forward(
-        rows, *args[1:8], sizes, None, oracle.CELL_IDS[case.cell], case.reverse, True
+        rows, *args[1:8], sizes, None, None, oracle.CELL_IDS[case.cell], case.reverse, True
     )
     cases.check_tensor("y", y.detach().view_as(even["y"]), peer, ref["y"], case.dtype)
     cases.check_tensor("h_n", h_n.detach(), peer, ref["h_n"], case.dtype)

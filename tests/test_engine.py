@@ -21,7 +21,7 @@ SPLITS: Counter[str] = Counter()
 def run(case: Case, kernel: str | None = None) -> None:
     problem, ref, peer = cases.solved(case)
     torch.set_num_threads(case.threads)
-    with rnnfast.use_engine("cpu", kernel=kernel):
+    with rnnfast.use_engine("cpu", kernel=kernel):  # a split may be in force, too
         ours = cases.run_rnnfast(problem)
         proof = rnnfast.last_run()
     if case.batch:  # an empty one runs nothing that could be reported
@@ -40,6 +40,30 @@ def test_engine(case: Case) -> None:
 @pytest.mark.parametrize("case", ENGINE_CASES[::3], ids=str)
 def test_engine_with_the_kernel_forced(case: Case, kernel: str) -> None:
     run(case, kernel)
+
+
+SPLIT_CASES = [c for c in ENGINE_CASES if c.threads > 1 and c.batch][::3]
+
+
+@pytest.mark.parametrize("split", ["serial", "batch", "units"])
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+def test_engine_with_the_split_forced(case: Case, split: str) -> None:
+    with rnnfast.use_engine("cpu", split=split):
+        run(case)
+        proof = rnnfast.last_run()
+    # a batch of one, or one panel, can't be divided; a busy machine may give one thread only
+    assert proof["split"] in (split, "serial")
+
+
+def test_the_split_that_was_forced_is_taken() -> None:
+    case = Case("lstm", 4, 9, 16, 200, threads=2)
+    for split in ("serial", "batch", "units"):
+        with rnnfast.use_engine("cpu", split=split):
+            taken = []
+            for _ in range(20):  # a busy machine may give one thread only, now and then
+                run(case)
+                taken.append(rnnfast.last_run()["split"])
+            assert split in taken
 
 
 def test_every_split_was_taken() -> None:

@@ -43,7 +43,7 @@ def as_function(case: Case) -> tuple[Callable[..., Any], list[Tensor]]:
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         operands = cases.op_operands(dict(zip(leaves, tensors, strict=True)))
         result = torch.ops.rnnfast.forward(
-            *operands, args[8], None, oracle.CELL_IDS[case.cell], case.reverse, True
+            *operands, *args[8:], None, oracle.CELL_IDS[case.cell], case.reverse, True
         )
         return tuple(result[:outputs])
 

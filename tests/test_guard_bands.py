@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+from collections.abc import Callable
+
 import cases
 import oracle
 import pytest
+import rounded
 import torch
-from cases import Case
+from cases import Case, Problem
+from rounded import ISAS
+from test_quantize import bytes_of
 from torch import Tensor
 
 import rnnfast
@@ -49,7 +56,7 @@ def test_guard_bands(case: Case, fill: float, kernel: str) -> None:
     cell = oracle.CELL_IDS[case.cell]
     with rnnfast.use_engine("cpu", kernel=kernel):
         y, h_n, c_n, saved = torch.ops.rnnfast.forward(
-            *operands, args[8], None, cell, case.reverse, True
+            *operands, *args[8:], None, cell, case.reverse, True
         )
         # what forward made goes into bands as well before backward reads it
         y_in, y_buffer = banded(y, fill)
@@ -61,7 +68,7 @@ def test_guard_bands(case: Case, fill: float, kernel: str) -> None:
             inside.get("dh_n"),
             None if dc_n is None else dc_n[None],
             *operands,
-            args[8],
+            *args[8:],
             y_in,
             saved_in,
             cell,
@@ -92,3 +99,83 @@ def test_outputs_do_not_overlap_inputs_or_each_other(cell: str) -> None:
         tensor.fill_(7)
         assert all(cases.same_bits(a, b) for a, b in zip(others, kept, strict=True))
         tensor.copy_(old)
+
+
+# --------------------------------------------------------------------------- 16 bits and int8
+
+TYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.float32,
+    "float32": torch.float32,
+}
+
+
+def before_a_forbidden_page(value: Tensor) -> Tensor:
+    """A copy that ends where a page begins that nobody may read, by a crash."""
+    page = mmap.PAGESIZE
+    size = value.numel() * value.element_size()
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    forbidden = ctypes.c_void_p(address + pages * page)
+    if libc.mprotect(forbidden, ctypes.c_size_t(page), 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    inside = torch.frombuffer(
+        memory, dtype=value.dtype, count=value.numel(), offset=pages * page - size
+    ).view(value.shape)
+    return inside.copy_(value)
+
+
+Place = Callable[[Tensor], Tensor]
+
+
+def _results(problem: Problem, kind: str, place: Place) -> tuple[Tensor, ...]:
+    """Forward with every operand where `place` puts it."""
+    case, number = problem.case, oracle.CELL_IDS[problem.case.cell]
+    inputs = {k: v.contiguous() for k, v in problem.inputs.items() if v is not None}
+    sizes = packed = None
+    if case.lengths is not None:
+        inputs["x"] = oracle.pack_rows(inputs["x"], case.lengths)
+        sizes = torch.tensor(oracle.batch_sizes_of(case.lengths))
+    inputs = {k: place(v) for k, v in inputs.items()}
+    if kind == "int8":
+        args, views, _ = bytes_of(problem)
+        given = [None if a is None else place(a) for a in args]
+        packed = place(torch.ops.rnnfast.pack_int8(*given, number))
+        inputs |= views
+    operands = cases.op_operands(inputs)
+    return torch.ops.rnnfast.forward(
+        *operands, sizes, None, packed, number, case.reverse, kind != "int8"
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("cell", oracle.CELLS)
+def test_nothing_outside_is_read_or_written(cell: str, kind: str, isa: str) -> None:
+    """Forward in every type, with operands inside buffers of NaN, and with operands that end where
+    memory does: the same bits."""
+    for case in rounded.shapes(cell, TYPES[kind]):
+        if not case.batch:
+            continue
+        problem = rounded.problem_of(case)
+        # int8's weights are packed whatever the kernel
+        for kernel in ("packed",) if kind == "int8" else ("packed", "direct"):
+            buffers: list[tuple[Tensor, Tensor]] = []
+
+            def inside_nan(value: Tensor, kept: list[tuple[Tensor, Tensor]] = buffers) -> Tensor:
+                if not value.is_floating_point():
+                    return value
+                inside, buffer = banded(value, float("nan"))
+                kept.append((buffer, buffer.clone()))
+                return inside
+
+            with rnnfast.use_engine("cpu", isa=isa, kernel=kernel):
+                want = _results(problem, kind, torch.Tensor.clone)
+                for place in (inside_nan, before_a_forbidden_page):
+                    got = _results(problem, kind, place)
+                    assert all(cases.same_bits(a, b) for a, b in zip(want, got, strict=True))
+            for buffer, before in buffers:
+                assert cases.same_bits(buffer, before), "an operand's buffer was written"

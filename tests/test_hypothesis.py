@@ -95,7 +95,7 @@ def test_any_layout_of_every_operand(data: st.DataObject) -> None:
     for name, value in leaves.items():
         assert torch.equal(views[name], value)
         views[name].requires_grad_()
-    args = [*cases.op_operands(views), args[8]]
+    args = [*cases.op_operands(views), *args[8:]]
     y, h_n, c_n, _ = torch.ops.rnnfast.forward(
         *args, None, oracle.CELL_IDS[cell], case.reverse, True
     )

@@ -18,7 +18,10 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, dtype=dtype)
 
 
-SLOTS = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "batch_sizes", "packed")
+SLOTS = (
+    *("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr"),
+    *("batch_sizes", "reset", "packed"),
+)
 
 
 def good_arguments(cell: str, packed_input: bool = False, proj: int = 0) -> dict[str, Any]:
@@ -252,7 +255,8 @@ def test_backward_of_nothing_is_zero(cell: str) -> None:
         (rand(36, 5), rand(36, 4), rand(4, 8), 0),
         (rand(27, 5), rand(27, 4), rand(4, 9), 1),
         (rand(9, 5), rand(9, 9), None, 4),
-        (rand(36, 5).half(), rand(36, 9).half(), None, 0),
+        (rand(36, 5).half(), rand(36, 9), None, 0),
+        (rand(36, 5).to(torch.complex64), rand(36, 9).to(torch.complex64), None, 0),
         (rand(36, 5).to("meta"), rand(36, 9), None, 0),
     ],
 )

@@ -1,4 +1,8 @@
-"""Threads in every number and arrangement. Each time limit is only a guard against hanging."""
+"""Threads in every number: fewer than asked for, more than there are, many at once, after a fork.
+
+Each time limit is only a guard against hanging. Arrangements that could make a barrier hang or
+crawl: test_hangs.py.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import cases
@@ -26,15 +31,6 @@ CASES = [
     Case("rnn_relu", 5, 13, 16, 33, packed=True),
     Case("indrnn_tanh", 7, 7, 16, 130),
 ]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_number_of_threads_changes_at_any_time(case: Case) -> None:
-    problem, ref, peer = cases.solved(case)
-    for threads in (1, 2, 3, 8, 1, 5, 2):
-        torch.set_num_threads(threads)
-        cases.check(cases.run_rnnfast(problem), peer, ref, case.dtype)
-        assert 1 <= rnnfast.last_run()["threads"] <= threads
 
 
 def in_threads(work: Any, count: int) -> list[Any]:
@@ -59,6 +55,19 @@ def in_threads(work: Any, count: int) -> list[Any]:
     if errors:
         raise errors[0]
     return results
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_number_of_threads_changes_at_any_time(case: Case) -> None:
+    problem, ref, peer = cases.solved(case)
+
+    def work(_: int) -> None:
+        for threads in (1, 2, 3, 8, 1, 5, 2):
+            torch.set_num_threads(threads)
+            cases.check(cases.run_rnnfast(problem), peer, ref, case.dtype)
+            assert 1 <= rnnfast.last_run()["threads"] <= threads
+
+    in_threads(work, 1)
 
 
 @pytest.mark.parametrize("count", [2, 5])
@@ -200,7 +209,7 @@ arguments = []
 for H, B in ((64, 33), (384, 2)):
     x, h, c = torch.randn(6, B, 16), torch.zeros(B, H), torch.zeros(1, B, H)
     w = [torch.randn(4 * H, 16) / 8, torch.randn(4 * H, H) / H**0.5]
-    arguments.append((x, h, c, *w, torch.zeros(4 * H), torch.zeros(4 * H), None, None))
+    arguments.append((x, h, c, *w, torch.zeros(4 * H), torch.zeros(4 * H), *[None] * 3))
 
 def both(args):
     y, h_n, c_n, saved = torch.ops.rnnfast.forward(*args, None, 0, False, True)
@@ -277,21 +286,34 @@ def test_in_the_workers_of_a_data_loader() -> None:
 
 def test_more_threads_than_processors() -> None:
     """Sixteen on a small machine: slow is allowed, hanging and wrong numbers are not."""
-    torch.set_num_threads(16)
-    for case in CASES:
-        problem, ref, peer = cases.solved(case)
-        for _ in range(3):
-            cases.check(cases.run_rnnfast(problem), peer, ref, case.dtype)
+    solved = [cases.solved(case) for case in CASES]
+
+    def work(_: int) -> None:
+        torch.set_num_threads(16)
+        for case, (problem, ref, peer) in zip(CASES, solved, strict=True):
+            for _ in range(3):
+                cases.check(cases.run_rnnfast(problem), peer, ref, case.dtype)
+
+    in_threads(work, 1)
 
 
 @pytest.mark.parametrize("cell", oracle.CELLS)
 def test_two_threads_are_used_where_there_is_work(cell: str) -> None:
-    torch.set_num_threads(2)
     problem = cases.build(Case(cell, 20, 32, 128, 128))
     _, args = cases.op_inputs(problem, grad=False)
-    torch.ops.rnnfast.forward(*args, None, oracle.CELL_IDS[cell], False, True)
-    assert rnnfast.last_run()["threads"] == 2
-    torch.set_num_threads(1)
-    torch.ops.rnnfast.forward(*args, None, oracle.CELL_IDS[cell], False, True)
-    assert rnnfast.last_run()["threads"] == 1
-    assert rnnfast.last_run()["split"] == "serial"
+
+    def run(threads: int) -> dict[str, Any]:
+        torch.set_num_threads(threads)
+        torch.ops.rnnfast.forward(*args, None, oracle.CELL_IDS[cell], False, True)
+        return dict(rnnfast.last_run())
+
+    def work(_: int) -> None:
+        # A thread whose team came late works alone for a while: on a busy machine ask again.
+        end = time.monotonic() + 20
+        while run(2)["threads"] != 2:
+            assert time.monotonic() < end, "two threads must run at once, got one for 20 s"
+            time.sleep(0.05)
+        alone = run(1)
+        assert (alone["threads"], alone["split"]) == (1, "serial")
+
+    in_threads(work, 1)

@@ -15,10 +15,22 @@ const char* dtype_text(ScalarType dtype) {
     case ScalarType::Double: return "float64";
     case ScalarType::Half: return "float16";
     case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Bool: return "bool";
     default: return "another type";
+  }
+}
+
+int32_t dtype_number(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::Byte: return aoti_torch_dtype_uint8();
+    default: return aoti_torch_dtype_float32();
   }
 }
 
@@ -62,9 +74,15 @@ ScalarType checked_dtype(const char* name, const Tensor& tensor) {
   if (!tensor.is_cpu())
     fail(std::string(name) + " must be a CPU tensor: this version has no engine for other devices");
   const ScalarType dtype = tensor.scalar_type();
-  if (dtype != ScalarType::Float && dtype != ScalarType::Double)
-    fail(std::string(name) + " must be float32 or float64, got " + dtype_text(dtype));
+  if (dtype != ScalarType::Float && dtype != ScalarType::Double && dtype != ScalarType::BFloat16 &&
+      dtype != ScalarType::Half)
+    fail(std::string(name) + " must be float32, float64, bfloat16 or float16, got " +
+         dtype_text(dtype));
   return dtype;
+}
+
+ScalarType accumulator_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 void check_shape(const char* name, const Tensor& tensor, const char* letters,
@@ -97,9 +115,7 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   const auto status = overflow ? AOTI_TORCH_FAILURE
                                : aoti_torch_empty_strided(
                                      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                     dtype == ScalarType::Float ? aoti_torch_dtype_float32()
-                                                                : aoti_torch_dtype_float64(),
-                                     aoti_torch_device_type_cpu(), 0, &handle);
+                                     dtype_number(dtype), aoti_torch_device_type_cpu(), 0, &handle);
   if (status != AOTI_TORCH_SUCCESS)
     fail("a result of shape " + numbers_text(sizes.begin(), static_cast<int64_t>(sizes.size())) +
          " and type " + dtype_text(dtype) + " can't be allocated");
@@ -154,14 +170,18 @@ CheckedLayer::CheckedLayer(const LayerTensors& t)
     check_same("c0", *c0_, dtype);
     check_shape("c0", *c0_, "(S-1, B, H)", {cell.states - 1, batch, hidden_size});
   }
+  reset_ = t.reset;
+  if (reset_) check_reset();
   x_ = unit_stride(x_);
-  w_ih_ = torch_contiguous(w_ih_);
-  w_hh_ = torch_contiguous(w_hh_);
+  // Packed weights stand in for these, which may then be views without memory of their own.
+  if (!t.packed) w_ih_ = torch_contiguous(w_ih_);
+  if (!t.packed || cell.diagonal) w_hh_ = torch_contiguous(w_hh_);
   h0_ = contiguous(h0_);
   c0_ = contiguous(c0_);
   b_ih_ = contiguous(b_ih_);
   b_hh_ = contiguous(b_hh_);
-  w_hr_ = contiguous(w_hr_);
+  if (!t.packed) w_hr_ = contiguous(w_hr_);
+  reset_ = contiguous(reset_);
 }
 
 void CheckedLayer::check_weights() {
@@ -220,6 +240,16 @@ void CheckedLayer::check_batch_sizes(const OptionalTensor& batch_sizes) {
          " rows");
 }
 
+void CheckedLayer::check_reset() const {
+  if (!reset_->is_cpu()) fail("reset must be on the same device as x (cpu)");
+  if (reset_->scalar_type() != ScalarType::Bool)
+    fail("reset must be bool, got " + std::string(dtype_text(reset_->scalar_type())));
+  if (packed_rows)
+    check_shape("reset", *reset_, "(N,)", {rows});
+  else
+    check_shape("reset", *reset_, "(T, B)", {seq_len, batch});
+}
+
 Tensor torch_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -259,6 +289,7 @@ void CheckedLayer::fill(LayerArgs<scalar_t>& args) const {
   args.batch_sizes = packed_rows ? batch_sizes_.data() : nullptr;
   args.offsets = packed_rows ? offsets_.data() : nullptr;
   args.reverse = reverse_;
+  args.reset = data<uint8_t>(reset_);
   args.x = rows_of<scalar_t>(x_);
   args.h0 = data<scalar_t>(h0_);
   args.c0 = data<scalar_t>(c0_);
@@ -271,6 +302,8 @@ void CheckedLayer::fill(LayerArgs<scalar_t>& args) const {
 
 template void CheckedLayer::fill(LayerArgs<float>&) const;
 template void CheckedLayer::fill(LayerArgs<double>&) const;
+template void CheckedLayer::fill(LayerArgs<BFloat16>&) const;
+template void CheckedLayer::fill(LayerArgs<Float16>&) const;
 template Rows<const float> CheckedLayer::rows_of(const Tensor&) const;
 template Rows<const double> CheckedLayer::rows_of(const Tensor&) const;
 

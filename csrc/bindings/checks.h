@@ -27,16 +27,19 @@ struct LayerTensors {
   const Tensor& x;
   const OptionalTensor &h0, &c0;
   const Tensor &w_ih, &w_hh;
-  const OptionalTensor &b_ih, &b_hh, &w_hr, &batch_sizes;
+  const OptionalTensor &b_ih, &b_hh, &w_hr, &batch_sizes, &reset;
   int64_t cell;
   bool reverse;
+  bool packed = false;  // the layer computes with packed weights: of these only the shapes count
 };
 
 [[noreturn]] void fail(const std::string& what);
 std::string shape_text(const Tensor& tensor);
 
 const CellInfo& checked_cell(int64_t cell);
-ScalarType checked_dtype(const char* name, const Tensor& tensor);  // float32 or float64 on the CPU
+// float32, float64, bfloat16 or float16, on the CPU
+ScalarType checked_dtype(const char* name, const Tensor& tensor);
+ScalarType accumulator_dtype(ScalarType dtype);  // of sums and of what backward keeps
 // `letters` and `sizes` name the same dimensions: check_shape("w_hr", w_hr, "(P, H)", {p, h}).
 void check_shape(const char* name, const Tensor& tensor, const char* letters,
                  std::initializer_list<int64_t> sizes);
@@ -69,9 +72,10 @@ class CheckedLayer {
   OptionalTensor contiguous(const OptionalTensor& tensor) const;
   void check_weights();
   void check_batch_sizes(const OptionalTensor& batch_sizes);
+  void check_reset() const;
 
   Tensor x_, w_ih_, w_hh_;
-  OptionalTensor h0_, c0_, b_ih_, b_hh_, w_hr_;
+  OptionalTensor h0_, c0_, b_ih_, b_hh_, w_hr_, reset_;
   std::vector<int64_t> batch_sizes_, offsets_;
   bool reverse_;
 };

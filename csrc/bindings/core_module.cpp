@@ -5,9 +5,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "../cells/list.h"
 #include "../core/cell_info.h"
@@ -67,6 +69,18 @@ Array<scalar_t> product(const std::string& isa, bool packed, const Array<scalar_
   return out;
 }
 
+// 16-bit numbers are their bits.
+Array<float> widen_bits(const std::string& isa, bool brain, const Array<uint16_t>& in) {
+  Array<float> out(in.size());
+  kernels(isa_of(isa)).widen(in.size(), brain, in.data(), out.mutable_data());
+  return out;
+}
+Array<uint16_t> narrow_bits(const std::string& isa, bool brain, const Array<float>& in) {
+  Array<uint16_t> out(in.size());
+  kernels(isa_of(isa)).narrow(in.size(), brain, in.data(), out.mutable_data());
+  return out;
+}
+
 // One unit of a cell in double precision: what the engines run, without an engine.
 template <class Cell>
 py::dict run_cell(const std::vector<double>& gx_in, const std::vector<double>& gh_in,
@@ -116,18 +130,45 @@ std::vector<py::dict> cells() {
 }
 
 py::dict choose(int cell_id, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t rows,
-                int itemsize, int max_threads, int forced) {
+                int itemsize, int max_threads, int forced, int forced_split,
+                int64_t private_cache) {
   if (cell_id < 0 || cell_id >= kNumCells) throw std::invalid_argument("rnnfast: no such cell");
   static const char* const splits[] = {"serial", "batch", "units"};
   static const char* const kernel_names[] = {"packed", "direct", "none"};
-  const Choice choice =
-      choose_engine({cell_id, T, B, I, H, P, rows, itemsize}, max_threads, forced);
+  const Choice choice = choose_engine({cell_id, T, B, I, H, P, rows, itemsize},
+                                      {max_threads, private_cache}, {forced, forced_split});
   py::dict result;
   result["threads"] = choice.threads;
   result["split"] = splits[static_cast<int>(choice.split)];
   result["kernel_ih"] = kernel_names[static_cast<int>(choice.kernel_ih)];
   result["kernel_hh"] = kernel_names[static_cast<int>(choice.kernel_hh)];
   return result;
+}
+
+// Seconds of one barrier of `workers` threads with nothing between, for bench/model.py; 0: the
+// threads did not run at once.
+double barrier_seconds(int workers, int rounds) {
+  struct Context {
+    int rounds;
+    double seconds;
+  } measured{rounds, 0};
+  const auto thread_per_part = [](int count, void (*run)(long, long, void*), void* context) {
+    std::vector<std::thread> threads;
+    for (int i = 1; i < count; ++i) threads.emplace_back([=] { run(i, i + 1, context); });
+    run(0, 1, context);
+    for (auto& thread : threads) thread.join();
+  };
+  const auto work = [](void* context, const Worker& worker) {
+    auto& c = *static_cast<Context*>(context);
+    barrier(worker);
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < c.rounds; ++i) barrier(worker);
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    if (worker.index == 0 && worker.count > 1) c.seconds = took.count() / c.rounds;
+  };
+  // A thread of its own, since one whose team came late works alone for a while.
+  std::thread([&] { run_team(workers, thread_per_part, work, &measured); }).join();
+  return measured.seconds;
 }
 
 }  // namespace
@@ -143,12 +184,17 @@ PYBIND11_MODULE(_core, m) {
         py::arg("w"));
   m.def("product64", &product<double>, py::arg("isa"), py::arg("packed"), py::arg("a"),
         py::arg("w"));
+  m.def("widen", &widen_bits, py::arg("isa"), py::arg("brain"), py::arg("bits"));
+  m.def("narrow", &narrow_bits, py::arg("isa"), py::arg("brain"), py::arg("values"));
   m.def("cell", &cell, py::arg("name"), py::arg("gx"), py::arg("gh"), py::arg("state"),
         py::arg("dstate"));
   m.def("cells", &cells, "The list of cells with their numbers.");
   m.def("choose", &choose, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("rows"), py::arg("itemsize"), py::arg("max_threads"),
-        py::arg("forced") = -1);
+        py::arg("forced") = -1, py::arg("forced_split") = -1,
+        py::arg("private_cache") = int64_t{1} << 20);
+  m.def("barrier_seconds", &barrier_seconds, py::arg("workers"), py::arg("rounds"),
+        py::call_guard<py::gil_scoped_release>(), "Seconds of one barrier; 0: not at once.");
   m.def(
       "spin_tile",
       [](const std::string& isa, int64_t repeats) {

@@ -39,24 +39,55 @@ int64_t set_kernel(int64_t kernel) {
   return force_kernel(static_cast<int>(kernel));
 }
 
+int64_t set_split(int64_t split) {
+  if (split < -1 || split > 2)
+    fail("split must be -1 (automatic), 0 (serial), 1 (batch) or 2 (units), got " +
+         std::to_string(split));
+  return force_split(static_cast<int>(split));
+}
+
 int64_t last_run_op(int64_t field) {
   const LastRun& run = last_run();
   return field == 5 ? run.runs : field_of(field, run.isa, run.threads, run.choice);
 }
 
-int64_t choose(int64_t field, int64_t cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
-               int64_t itemsize, int64_t threads) {
+Shape checked_shape(int64_t cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
+                    int64_t itemsize, int64_t threads, bool packed) {
   checked_cell(cell);
   constexpr int64_t kMost = int64_t{1} << 24;  // keeps every product of sizes in range
   for (int64_t size : {T, I, H, P, threads})
     if (size < 1 || size > kMost)
-      fail("choose needs T, I, H, P and threads in [1, 2^24], got " + std::to_string(size));
-  if (B < 0 || B > kMost) fail("choose needs B in [0, 2^24], got " + std::to_string(B));
-  if (itemsize != 4 && itemsize != 8)
-    fail("choose needs itemsize 4 or 8, got " + std::to_string(itemsize));
-  const Shape shape{static_cast<int>(cell), T, B, I, H, P, T * B, static_cast<int>(itemsize)};
-  const Choice choice = choose_for(shape, static_cast<int>(threads));
+      fail("sizes T, I, H, P and threads must be in [1, 2^24], got " + std::to_string(size));
+  if (B < 0 || B > kMost) fail("size B must be in [0, 2^24], got " + std::to_string(B));
+  if (itemsize != 2 && itemsize != 4 && itemsize != 8)
+    fail("itemsize must be 2, 4 or 8, got " + std::to_string(itemsize));
+  return {static_cast<int>(cell), T, B, I, H, P, T * B, static_cast<int>(itemsize), packed};
+}
+
+int64_t choose(int64_t field, int64_t cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
+               int64_t itemsize, int64_t threads, bool packed) {
+  const Choice choice = choose_for(checked_shape(cell, T, B, I, H, P, itemsize, threads, packed),
+                                   static_cast<int>(threads));
   return field_of(field, active_isa(), choice.threads, choice);
+}
+
+// Microseconds that the model gives a split with as many threads as it can use (0: it has none).
+double estimate_op(int64_t split, int64_t cell, int64_t T, int64_t B, int64_t I, int64_t H,
+                   int64_t P, int64_t itemsize, int64_t threads, bool packed) {
+  if (split < 0 || split > 2)
+    fail("split must be 0 (serial), 1 (batch) or 2 (units), got " + std::to_string(split));
+  const Shape shape = checked_shape(cell, T, B, I, H, P, itemsize, threads, packed);
+  const Machine machine = machine_with(static_cast<int>(threads));
+  const Choice choice = choose_engine(shape, machine, {forced_kernel(), static_cast<int>(split)});
+  if (static_cast<int64_t>(choice.split) != split) return 0;
+  return estimate(shape, machine, choice).total();
+}
+
+// Whether a layer of two directions with these sizes runs them side by side.
+bool directions_op(int64_t cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
+                   int64_t itemsize, int64_t threads, bool packed) {
+  return directions_at_once(checked_shape(cell, T, B, I, H, P, itemsize, threads, packed),
+                            static_cast<int>(threads));
 }
 
 }  // namespace
@@ -66,10 +97,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def("isa_available(int isa) -> bool");
   m.def("set_isa(int isa) -> int");
   m.def("set_kernel(int kernel) -> int");
+  m.def("set_split(int split) -> int");
   m.def("last_run(int field) -> int");
   m.def(
-      "choose(int field, int cell, int T, int B, int I, int H, int P, int itemsize, int threads) "
+      "choose(int field, int cell, int T, int B, int I, int H, int P, int itemsize, int threads, "
+      "bool packed=False) "
       "-> int");
+  m.def(
+      "directions_at_once(int cell, int T, int B, int I, int H, int P, int itemsize, int threads, "
+      "bool packed=False) -> bool");
+  m.def(
+      "estimate(int split, int cell, int T, int B, int I, int H, int P, int itemsize, int threads, "
+      "bool packed=False) "
+      "-> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {
@@ -78,4 +118,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {
   m.impl("set_kernel", TORCH_BOX(&rnnfast::set_kernel));
   m.impl("last_run", TORCH_BOX(&rnnfast::last_run_op));
   m.impl("choose", TORCH_BOX(&rnnfast::choose));
+  m.impl("estimate", TORCH_BOX(&rnnfast::estimate_op));
+  m.impl("directions_at_once", TORCH_BOX(&rnnfast::directions_op));
+  m.impl("set_split", TORCH_BOX(&rnnfast::set_split));
 }

@@ -8,10 +8,13 @@
 
 #include <cstdint>
 
+#include "numbers.h"
+
 namespace rnnfast {
 
-enum class Dtype : int { kFloat32 = 0, kFloat64 = 1 };
-constexpr int kNumDtypes = 2;
+// A product of panels whose lanes hold groups of small numbers: cpu/dot.h.
+struct DotOperands;
+using DotProduct = void (*)(int64_t rows, int vectors, const DotOperands&);
 
 // A tensor of rows that may be a view: (T, B, features) by two strides, or packed rows (N,
 // features) by one.
@@ -29,6 +32,7 @@ struct LayerArgs {
   const int64_t* batch_sizes;  // (T) rows of each step, never growing with t; null: always B
   const int64_t* offsets;      // (T + 1) first row of each step; null with batch_sizes
   bool reverse;
+  const uint8_t* reset;  // (N) not 0: zeros enter this row's step, not the step before; null: none
   Rows<const scalar_t> x;
   const scalar_t *h0, *c0;  // (B, P), (S-1, B, H); null: zeros
   // PyTorch's layouts; biases and w_hr may be null.
@@ -37,11 +41,13 @@ struct LayerArgs {
 
 template <class scalar_t>
 struct ForwardArgs : LayerArgs<scalar_t> {
-  const scalar_t* packed;  // weights from pack(), or null
-  scalar_t* y;             // (N, P)
-  scalar_t *h_n, *c_n;     // (B, P), (S-1, B, H)
+  const char* packed;  // panels from pack(), or null: then the weights above are not read
+  // For weights in groups, or null; the same whatever the number of threads.
+  DotProduct dot_ih, dot_hh;
+  scalar_t* y;          // (N, P)
+  scalar_t *h_n, *c_n;  // (B, P), (S-1, B, H)
   // (N, planes, H) or null: K gate planes, S-1 states, then (with w_hr) h before the projection.
-  scalar_t* saved;
+  accumulator_of<scalar_t>* saved;
 };
 
 template <class scalar_t>

@@ -7,67 +7,136 @@
 namespace rnnfast {
 namespace {
 
-// Below this many operations in a call, waking a second thread costs more than it saves (a wake-up
-// is 5 to 20 us).
-constexpr double kParallelFlops = 4e6;
-// A step split by units ends in a barrier of about 0.2 us, worth it from this many operations a
-// step and thread.
-constexpr double kUnitFlopsPerStep = 6e4;
-// Each thread of a batch split reads all of w_hh every
-// step, which is free while that fits its private cache.
-constexpr int64_t kPrivateCacheBytes = 1 << 20;
-constexpr int64_t kRowsPerTile = 6;
-// Packing reads and writes the weights once, about as long
-// as this many tiles of rows take to pass through them.
-constexpr int64_t kPackingTiles = 3;
+// Rates of one core, in units a microsecond, of a common core with AVX-512 (docs/architecture.md).
+// Only their ratios decide.
+constexpr double kOperations = 170e3;  // float32 operations of the micro-kernel
+// From the private cache: weights that fill a small part of it, and more.
+constexpr double kPrivateBytes = 110e3, kPrivateBytesFull = 60e3, kSmallPart = 0.25;
+constexpr double kSharedBytes = 28e3;  // from beyond it
+constexpr double kPackedBytes = 6e3;   // read, transposed and written
+constexpr double kGateElements = 2e3;  // gate maths, for each gate and unit
+// Of h, from the cores that wrote it: bytes a microsecond, and the wait for each row.
+constexpr double kExchangeBytes = 6e3, kExchangeRow = 0.03;
+// Waking the pool's threads, and a barrier; microseconds.
+constexpr double kWake = 6, kWakeEach = 0.5, kBarrier = 0.5, kBarrierEach = 0.04;
+// What sweeps over the weights leave in the private cache; the rest is for everything else.
+constexpr double kCacheShare = 0.75;
+constexpr int64_t kRowsPerTile = 6, kChunkRows = 128;
+// Packing reads and writes the weights once, and a packed product is so much faster than a direct
+// one that this many rows repay it.
+constexpr int64_t kPackingRows = 80;
 
-Kernel choose_kernel(int64_t passes, int forced) {
-  if (forced >= 0) return static_cast<Kernel>(forced);
-  return passes >= kPackingTiles ? Kernel::kPacked : Kernel::kDirect;
+double divide_up(double a, double b) {
+  return static_cast<double>((static_cast<int64_t>(a) + static_cast<int64_t>(b) - 1) /
+                             static_cast<int64_t>(b));
 }
 
-int64_t tiles(int64_t rows) { return (rows + kRowsPerTile - 1) / kRowsPerTile; }
+Kernel choose_kernel(int64_t rows, int forced) {
+  if (forced >= 0) return static_cast<Kernel>(forced);
+  return rows >= kPackingRows ? Kernel::kPacked : Kernel::kDirect;
+}
+
+// Units that one panel holds: 16 with all their gates, or 64.
+int64_t panels_of(const CellInfo& cell, int64_t units) {
+  const int64_t width = cell.gates == 1 ? 64 : 16;
+  return (units + width - 1) / width;
+}
+
+// `passes` products of `rows` rows with a matrix of `bytes`, of which `cached` bytes stay in the
+// private cache from one pass to the next.
+double product_time(double passes, double rows, double bytes, double cached, double private_cache,
+                    int itemsize) {
+  const double numbers = bytes / itemsize;
+  const double operations = 2 * rows * numbers / kOperations * std::max(1.0, itemsize / 4.0);
+  const double private_rate =
+      bytes <= kSmallPart * private_cache ? kPrivateBytes : kPrivateBytesFull;
+  // The first tile of rows brings a panel near, the others find it there.
+  const double private_way =
+      bytes / private_rate + (divide_up(rows, kRowsPerTile) - 1) * bytes / kPrivateBytes;
+  const double shared_way = std::max(0.0, bytes - cached) / kSharedBytes;
+  // They overlap, but not wholly.
+  constexpr double kLeft = 0.25;
+  const double longest = std::max({operations, private_way, shared_way});
+  return passes * (longest + kLeft * (operations + private_way + shared_way - longest));
+}
 
 }  // namespace
 
-Choice choose_engine(const Shape& s, int max_threads, int forced_kernel) {
+double wake_time(int threads) { return kWake + kWakeEach * threads; }
+
+Estimate estimate(const Shape& s, const Machine& machine, const Choice& choice) {
   const CellInfo& cell = cell_info(s.cell);
-  const int64_t recurrent = cell.diagonal ? 1 : s.output_size;
-  const double flops_per_row = 2.0 * cell.gates * s.hidden_size * (s.input_size + recurrent);
-  const int64_t mean_rows = std::max<int64_t>(1, s.rows / std::max<int64_t>(1, s.seq_len));
+  const double threads = choice.threads, steps = s.seq_len;
+  const double mean_rows = std::max(1.0, static_cast<double>(s.rows) / steps);
+  // The largest share of a worker.
+  double units = 1, rows = mean_rows;
+  if (choice.split == Split::kUnits) {
+    const double panels = static_cast<double>(panels_of(cell, s.hidden_size));
+    units = divide_up(panels, threads) / panels;
+  } else if (choice.split == Split::kBatch) {
+    rows = std::max(1.0, mean_rows * divide_up(static_cast<double>(s.batch), threads) /
+                             static_cast<double>(std::max<int64_t>(1, s.batch)));
+  }
+  const double gate_rows = static_cast<double>(cell.gates) * s.hidden_size;
+  const double ih_bytes = gate_rows * s.input_size * s.itemsize;
+  const double hh_bytes = cell.diagonal ? 0 : gate_rows * s.output_size * s.itemsize;
 
-  Choice choice;
-  choice.kernel_ih = choose_kernel(tiles(s.rows), forced_kernel);
-  choice.kernel_hh =
-      cell.diagonal ? Kernel::kNone : choose_kernel(s.seq_len * tiles(mean_rows), forced_kernel);
-  choice.threads = 1;
-  choice.split = Split::kSerial;
-  if (max_threads < 2 || flops_per_row * s.rows < kParallelFlops) return choice;
-
-  const int64_t w_hh_bytes = cell.gates * s.hidden_size * recurrent * s.itemsize;
-  const int64_t row_tiles = tiles(s.batch), units = (s.hidden_size + 15) / 16;
-  const bool rows_suffice = row_tiles >= max_threads && s.batch >= 4 * max_threads;
-  if (cell.diagonal || (rows_suffice && w_hh_bytes <= kPrivateCacheBytes)) {
-    const int64_t parts = rows_suffice ? row_tiles : units;
-    choice.split = rows_suffice ? Split::kBatch : Split::kUnits;
-    choice.threads = static_cast<int>(std::min<int64_t>(max_threads, parts));
-  } else {
-    const double step_flops = 2.0 * cell.gates * s.hidden_size * recurrent * mean_rows;
-    const int64_t worth = static_cast<int64_t>(step_flops / kUnitFlopsPerStep);
-    const int64_t by_units =
-        std::min<int64_t>({max_threads, units, s.seq_len == 1 ? max_threads : worth});
-    choice.split = Split::kUnits;
-    choice.threads = static_cast<int>(by_units);
-    if (by_units < max_threads && rows_suffice) {
-      choice.split = Split::kBatch;
-      choice.threads = max_threads;
+  Estimate e{};
+  // w_hh is swept once a step, w_ih once a chunk; what is swept more often stays in the cache.
+  const double whole_cache = static_cast<double>(machine.private_cache);
+  const double cache = kCacheShare * whole_cache;
+  const bool everything = (ih_bytes + hh_bytes) * units <= cache;
+  const double chunk = std::min(steps * rows, std::max<double>(kChunkRows, rows));
+  const double chunks = std::max(1.0, steps * rows / chunk);
+  e.products = product_time(steps, rows, hh_bytes * units, cache, whole_cache, s.itemsize) +
+               product_time(chunks, chunk, ih_bytes * units,
+                            everything ? cache : std::max(0.0, cache - hh_bytes * units),
+                            whole_cache, s.itemsize);
+  e.cells = steps * rows * units * gate_rows / kGateElements * std::max(1.0, s.itemsize / 4.0);
+  // All threads pack.
+  e.packing = s.packed ? 0
+                       : ((choice.kernel_ih == Kernel::kPacked ? ih_bytes : 0) +
+                          (choice.kernel_hh == Kernel::kPacked ? hh_bytes : 0)) /
+                             threads / kPackedBytes;
+  if (choice.threads > 1) {
+    e.meetings = wake_time(choice.threads);
+    if (choice.split == Split::kUnits && !cell.diagonal) {
+      const double others = mean_rows * s.output_size * s.itemsize * (1 - 1 / threads);
+      e.meetings += steps * (kBarrier + kBarrierEach * threads + kExchangeRow * mean_rows +
+                             others / kExchangeBytes);
     }
   }
-  if (choice.threads < 2) {
-    choice.threads = 1;
-    choice.split = Split::kSerial;
+  return e;
+}
+
+Choice choose_engine(const Shape& s, const Machine& machine, const Wish& wish) {
+  const CellInfo& cell = cell_info(s.cell);
+  const Kernel kernel = s.packed ? Kernel::kPacked : choose_kernel(s.rows, wish.kernel);
+  Choice best{1, Split::kSerial, kernel, cell.diagonal ? Kernel::kNone : kernel};
+  if (machine.max_threads < 2 || wish.split == static_cast<int>(Split::kSerial)) return best;
+  double least = estimate(s, machine, best).total();
+  // More threads must be worth it.
+  constexpr double kWorth = 0.97;
+  const int64_t panels = panels_of(cell, s.hidden_size);
+  for (int64_t threads = 2;; threads = std::min<int64_t>(2 * threads, machine.max_threads)) {
+    for (const Split split : {Split::kBatch, Split::kUnits}) {
+      const int64_t parts = split == Split::kBatch ? s.batch : panels;
+      if (wish.split >= 0) {
+        if (static_cast<int>(split) == wish.split && parts > 1)
+          best = {static_cast<int>(std::min(threads, parts)), split, best.kernel_ih,
+                  best.kernel_hh};
+        continue;
+      }
+      if (threads > parts) continue;
+      const Choice choice{static_cast<int>(threads), split, best.kernel_ih, best.kernel_hh};
+      const double time = estimate(s, machine, choice).total();
+      if (time >= least * (threads > best.threads ? kWorth : 1)) continue;
+      best = choice;
+      least = time;
+    }
+    if (threads >= machine.max_threads) break;
   }
-  return choice;
+  return best;
 }
 
 }  // namespace rnnfast

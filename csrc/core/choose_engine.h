@@ -6,12 +6,22 @@
 
 namespace rnnfast {
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
-constexpr int kNumIsas = 4;
+// kAvx512Bf16 and kAmx are kAvx512 with more instructions for 16-bit and 8-bit products
+// (cpu/dot.h): AVX512_BF16 and AVX512_VNNI, then AMX.
+enum class Isa : int {
+  kPortable = 0,
+  kAvx2 = 1,
+  kAvx512 = 2,
+  kNeon = 3,
+  kAvx512Bf16 = 4,
+  kAmx = 5
+};
+constexpr int kNumIsas = 6;
 
 // How the threads divide a layer: nobody, rows of the batch (no synchronisation in the loop), or
-// hidden units (a barrier a step).
-enum class Split : int { kSerial = 0, kBatch = 1, kUnits = 2 };
+// hidden units (a barrier a step). kDirections: both directions of a layer at once, which only a
+// call with both of them can choose (cpu/dispatch.h).
+enum class Split : int { kSerial = 0, kBatch = 1, kUnits = 2, kDirections = 3 };
 
 // Where a product takes its weights: from panels packed for
 // the micro-kernel, or directly from PyTorch's layout.
@@ -22,6 +32,22 @@ struct Shape {
   int64_t seq_len, batch, input_size, hidden_size, output_size;
   int64_t rows;  // valid steps of all sequences; T*B when none is shorter
   int itemsize;
+  bool packed = false;  // the weights are, before the call
+};
+
+// The machine as the model sees it.
+struct Machine {
+  int max_threads;        // what the thread pool offers
+  int64_t private_cache;  // bytes of the cache that a core has for itself
+};
+
+// What a forward pass is expected to take, in microseconds, and of what it consists.
+struct Estimate {
+  double products;  // operations at the micro-kernel's speed, or the weights' way to the core
+  double cells;     // gate maths
+  double packing;
+  double meetings;  // waking threads, barriers, and the exchange of h
+  double total() const { return products + cells + packing + meetings; }
 };
 
 struct Choice {
@@ -30,7 +56,16 @@ struct Choice {
   Kernel kernel_ih, kernel_hh;
 };
 
-// max_threads: what the thread pool offers; forced: -1, or a Kernel for both products.
-Choice choose_engine(const Shape& shape, int max_threads, int forced_kernel);
+// What is forced: -1, or a Kernel for both products, or a Split (with as many threads as it can
+// use).
+struct Wish {
+  int kernel = -1, split = -1;
+};
+
+Choice choose_engine(const Shape& shape, const Machine& machine, const Wish& wish);
+
+// The model behind the choice: `threads` threads with a split, and the kernels of `choice`.
+double wake_time(int threads);
+Estimate estimate(const Shape& shape, const Machine& machine, const Choice& choice);
 
 }  // namespace rnnfast

@@ -18,19 +18,37 @@ namespace {
 template <class V>
 struct Lanes;
 
-struct FloatConstants {
+// A vector may know faster ones. Of minimum and maximum, a NaN in x comes through.
+struct PlainOperations {
+  template <class V>
+  RNNFAST_HD static V reciprocal(V x) {
+    return 1.0f / x;
+  }
+  template <class V>
+  RNNFAST_HD static V maximum(V bound, V x) {
+    return bound > x ? bound : x;
+  }
+  template <class V>
+  RNNFAST_HD static V minimum(V bound, V x) {
+    return bound < x ? bound : x;
+  }
+};
+
+struct FloatConstants : PlainOperations {
   using scalar_t = float;
   static constexpr int kMantissaBits = 23, kBias = 127, kTerms = 7;
   static constexpr double kRound = 12582912.0;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr double kLn2Hi = 0.693145751953125, kLn2Lo = 1.42860682030941723212e-6;
   static constexpr double kExpMin = -87.0, kExpMax = 88.0, kTanhMax = 9.2;
+  static constexpr int32_t kSign = INT32_MIN;
 };
-struct DoubleConstants {
+struct DoubleConstants : PlainOperations {
   using scalar_t = double;
   static constexpr int kMantissaBits = 52, kBias = 1023, kTerms = 13;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLn2Hi = 6.93147180369123816490e-01, kLn2Lo = 1.90821492927058770002e-10;
   static constexpr double kExpMin = -708.0, kExpMax = 709.0, kTanhMax = 19.2;
+  static constexpr int64_t kSign = INT64_MIN;
 };
 template <>
 struct Lanes<float> : FloatConstants {
@@ -83,9 +101,8 @@ RNNFAST_HD V reduce_exp(V x, V& p) {
 template <class V>
 RNNFAST_HD V exp(V x) {
   using L = Lanes<V>;
-  const V lo = splat<V>(L::kExpMin), hi = splat<V>(L::kExpMax);
-  x = x < lo ? lo : x;
-  x = x > hi ? hi : x;
+  x = L::maximum(splat<V>(L::kExpMin), x);
+  x = L::minimum(splat<V>(L::kExpMax), x);
   V p;
   const V scale = reduce_exp(x, p);
   return scale + scale * p;
@@ -93,22 +110,21 @@ RNNFAST_HD V exp(V x) {
 
 template <class V>
 RNNFAST_HD V sigmoid(V x) {
-  const V one = splat<V>(1.0);
-  return one / (one + exp(-x));
+  return Lanes<V>::reciprocal(splat<V>(1.0) + exp(-x));
 }
 
 // tanh|x| = -q / (q + 2) with q = exp(-2|x|) - 1, which keeps the relative accuracy at small x.
 template <class V>
 RNNFAST_HD V tanh(V x) {
   using L = Lanes<V>;
-  const V zero = V{}, hi = splat<V>(L::kTanhMax);
-  V a = x < zero ? -x : x;
-  a = a > hi ? hi : a;
+  using I = typename L::int_t;
+  const I sign = bit_cast<I>(x) & L::kSign;
+  const V a = L::minimum(splat<V>(L::kTanhMax), bit_cast<V>(bit_cast<I>(x) ^ sign));
   V p;
   const V scale = reduce_exp(splat<V>(-2.0) * a, p);
   const V q = scale * p + (scale - splat<V>(1.0));
-  const V t = -q / (q + splat<V>(2.0));
-  return x < zero ? -t : t;
+  const V t = -q * Lanes<V>::reciprocal(q + splat<V>(2.0));
+  return bit_cast<V>(bit_cast<I>(t) ^ sign);
 }
 
 template <class V>

@@ -123,6 +123,7 @@ class BackwardPass {
     for (int64_t r = 0; r < count; ++r) cell_row(t, mine_.rows.begin + r, row + r);
     if (Cell::kRecurrence == Recurrence::kDense) barrier_if_shared();
     if (Cell::kRecurrence == Recurrence::kDense && carry && count > 0) carry_back(row, count);
+    if (args_.reset) cut_gradients(t);
   }
 
   void finish() {
@@ -141,6 +142,7 @@ class BackwardPass {
 
   // h (index 0) or an inner state of row b before step t; null stands for zeros.
   const scalar_t* state_before(int index, int64_t t, int64_t b) const {
+    if (starts_anew(args_, t, b)) return nullptr;
     if (b < continuing(args_, t)) {
       const int64_t row = first_row(args_, previous(args_, t)) + b;
       return index == 0 ? args_.y + row * args_.output_size
@@ -233,6 +235,20 @@ class BackwardPass {
     row_product(outputs_, mine_.output_panels, count, !args_.w_hr, s_.dgh + row * s_.gate_row,
                 s_.gate_row, {args_.w_hh, s_.w_hh, Cell::kGates * args_.hidden_size},
                 s_.dh + mine_.rows.begin * args_.output_size, args_.output_size);
+  }
+
+  // Nothing flows to the step before, or to h0, from rows that start anew at step t.
+  void cut_gradients(int64_t t) {
+    const Range outputs = columns_of(outputs_, mine_.output_panels),
+                units = columns_of(units_, mine_.panels);
+    const int64_t end = smaller(mine_.rows.end, active(args_, t));
+    for (int64_t b = mine_.rows.begin; b < end; ++b) {
+      if (!starts_anew(args_, t, b)) continue;
+      for (int64_t u = outputs.begin; u < outputs.end; ++u)
+        s_.dh[b * args_.output_size + u] = scalar_t(0);
+      for (int k = 1; k < Cell::kStates; ++k)
+        for (int64_t u = units.begin; u < units.end; ++u) inner_gradient(k, b)[u] = scalar_t(0);
+    }
   }
 
   // Total gradient of the projected h of step t, kept for dw_hr.

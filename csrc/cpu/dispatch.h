@@ -1,5 +1,5 @@
 // The CPU engine's door: picks the instruction set, the threads and the scratch memory, and runs
-// one direction of one layer.
+// one direction of one layer, or both.
 #pragma once
 
 #include "../core/args.h"
@@ -8,25 +8,52 @@
 
 namespace rnnfast {
 
-// What one instruction set's object offers for one cell and
-// one number type. Scratch sizes are in bytes.
+// What one instruction set's object offers for one cell and one format (formats.h). Scratch sizes
+// are in bytes.
+template <class tensor_t>
+struct ForwardKernels {
+  int64_t (*scratch)(const ForwardArgs<tensor_t>&, const Choice&);
+  void (*run)(const ForwardArgs<tensor_t>&, const Choice&, char* scratch, const Worker&);
+  int64_t (*packed_bytes)(int64_t input_size, int64_t hidden_size, int64_t output_size,
+                          bool projection);
+  void (*pack)(const LayerArgs<tensor_t>&, char* packed);
+};
+
 template <class scalar_t>
-struct CellKernels {
-  int64_t (*forward_scratch)(const ForwardArgs<scalar_t>&, const Choice&);
-  void (*forward)(const ForwardArgs<scalar_t>&, const Choice&, char* scratch, const Worker&);
-  int64_t (*backward_scratch)(const BackwardArgs<scalar_t>&, const Choice&);
-  void (*backward)(const BackwardArgs<scalar_t>&, const Choice&, char* scratch, const Worker&);
-  // in elements
-  int64_t (*packed_size)(int64_t input_size, int64_t hidden_size, int64_t output_size,
-                         bool projection);
-  void (*pack)(const LayerArgs<scalar_t>&, scalar_t* packed);
+struct BackwardKernels {
+  int64_t (*scratch)(const BackwardArgs<scalar_t>&, const Choice&);
+  void (*run)(const BackwardArgs<scalar_t>&, const Choice&, char* scratch, const Worker&);
+};
+
+// Weights as bytes, in the shapes of w_ih, w_hh and w_hr, and a scale for each of their rows. A
+// diagonal w_hh stays as it is.
+struct Int8Weights {
+  const int8_t *w_ih, *w_hh, *w_hr;
+  const float *scale_ih, *scale_hh, *scale_hr;
+};
+
+// Columns of a matrix of bytes whose sums, up to 255 * 127 a column, an int32 holds.
+constexpr int64_t kLongestInt8 = 1 << 16;
+
+struct Int8Kernels {
+  ForwardKernels<float> forward;  // without pack
+  void (*pack)(const LayerArgs<float>& sizes, const Int8Weights&, char* packed);
 };
 
 enum class MathFunction : int { kExp = 0, kSigmoid = 1, kTanh = 2 };
 
 struct KernelTable {
-  const CellKernels<float>* float32;  // one entry a cell
-  const CellKernels<double>* float64;
+  // One entry a cell.
+  const ForwardKernels<float>* float32;
+  const ForwardKernels<double>* float64;
+  const ForwardKernels<BFloat16>*bfloat16, *dot_bfloat16;  // dot: null without such instructions
+  const ForwardKernels<Float16>* float16;
+  const Int8Kernels* int8;
+  const BackwardKernels<float>* backward32;
+  const BackwardKernels<double>* backward64;
+  DotProduct int8_product;  // where no instruction does it
+  void (*widen)(int64_t count, bool brain, const uint16_t* in, float* out);
+  void (*narrow)(int64_t count, bool brain, const float* in, uint16_t* out);
   void (*math32)(MathFunction, int64_t count, const float* in, float* out);
   void (*math64)(MathFunction, int64_t count, const double* in, double* out);
   // out (rows, units) = a (rows, k) . w (units, k)^T by the given kernel, one panel after the
@@ -50,12 +77,18 @@ int forced_isa();
 // -1: as choose_engine says; else a Kernel. Returns what was forced before.
 int force_kernel(int kernel);
 int forced_kernel();
+// As force_kernel, with a Split.
+int force_split(int split);
+int forced_split();
 const KernelTable& kernels(Isa isa);
 
 struct Threads {
   int count;  // of the pool
   ParallelFor parallel_for;
 };
+
+// How packed weights are laid out, beside the types of their tensors.
+enum class WeightFormat : int { kPlain = 0, kDot = 1, kInt8 = 2 };
 
 // What the calling thread's last call ran on.
 struct LastRun {
@@ -66,23 +99,45 @@ struct LastRun {
 };
 const LastRun& last_run();
 
+Machine machine_with(int threads);
 Choice choose_for(const Shape& shape, int threads);
 
 // The ISA is an argument, read once an operator: packed weights fit one ISA, and another thread may
 // force another one meanwhile.
 template <class scalar_t>
-void run_forward(Isa isa, int cell, const ForwardArgs<scalar_t>& args, const Threads& threads);
+void run_forward(Isa isa, int cell, ForwardArgs<scalar_t>& args, WeightFormat format,
+                 const Threads& threads);
 template <class scalar_t>
 void run_backward(Isa isa, int cell, const BackwardArgs<scalar_t>& args, const Threads& threads);
 
-// Packed weights: a header that tells what they were made for, then panels. Sizes in elements.
+// The two directions of a layer: side by side on half of the threads each, or one after the other.
 template <class scalar_t>
-int64_t packed_size(Isa isa, int cell, const LayerArgs<scalar_t>& args);
+void run_forward_both(Isa isa, int cell, ForwardArgs<scalar_t> (&args)[2],
+                      const WeightFormat (&formats)[2], const Threads& threads);
 template <class scalar_t>
-void pack_weights(Isa isa, int cell, const LayerArgs<scalar_t>& args, scalar_t* packed);
-// The panels behind a header that was made for this ISA, cell and sizes, or null.
+void run_backward_both(Isa isa, int cell, const BackwardArgs<scalar_t> (&args)[2],
+                       const Threads& threads);
+// Which of the two the model expects to be faster.
+bool directions_at_once(const Shape& shape, int threads);
+
+// Packed weights: a header that tells what they were made for, then panels.
 template <class scalar_t>
-const scalar_t* panels_of(Isa isa, int cell, const LayerArgs<scalar_t>& args,
-                          const scalar_t* packed);
+int64_t packed_bytes(Isa isa, int cell, const LayerArgs<scalar_t>& args);
+template <class scalar_t>
+void pack_weights(Isa isa, int cell, const LayerArgs<scalar_t>& args, char* packed);
+int64_t packed_bytes_int8(Isa isa, int cell, const LayerArgs<float>& args);
+void pack_weights_int8(Isa isa, int cell, const LayerArgs<float>& args, const Int8Weights& weights,
+                       char* packed);
+// Whether `size` bytes at `packed` were made for this ISA, cell, type and sizes; then sets
+// args.packed and `format`.
+template <class scalar_t>
+bool take_packed(Isa isa, int cell, const char* packed, int64_t size, ForwardArgs<scalar_t>& args,
+                 WeightFormat& format);
+
+// out[i] = in[i] in the other type.
+template <class half_t>
+void widen(int64_t count, const half_t* in, float* out);
+template <class half_t>
+void narrow(int64_t count, const float* in, half_t* out);
 
 }  // namespace rnnfast

@@ -7,7 +7,7 @@
 // computes it.
 #pragma once
 
-#include "vec.h"
+#include "convert.h"
 
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
@@ -15,6 +15,9 @@ namespace {
 constexpr int kMaxVectors = 4;   // vectors a panel is wide
 constexpr int kMaxRows = 8;      // rows of a tile
 constexpr int64_t kBlock = 256;  // products in a partial sum
+// Weights come from the second cache, whose prefetcher leaves the way to the first to the program:
+// this many bytes early (5 to 15 % here where a panel exceeds the first cache).
+constexpr int64_t kAhead = 2048;
 
 // Accumulators, one vector of weights at a time and a broadcast must fit the registers.
 constexpr int max_rows(int vectors) {
@@ -23,12 +26,13 @@ constexpr int max_rows(int vectors) {
   return rows < kMaxRows ? rows : kMaxRows;
 }
 
-template <class scalar_t>
+// Weights may be of a smaller type than the sums; they are widened as they are loaded.
+template <class scalar_t, class weight_t = scalar_t>
 struct Operands {
   int64_t k_size;
   const scalar_t* a;  // row r, element k at a[r*a_row + k*a_k]
   int64_t a_row, a_k;
-  const scalar_t* w;  // vector v of element k at w[k*w_k + v*lanes]
+  const weight_t* w;  // vector v of element k at w[k*w_k + v*lanes]
   int64_t w_k;
   const scalar_t* start;  // start values at start[r*start_row + ...]; null: zero
   int64_t start_row;
@@ -36,12 +40,12 @@ struct Operands {
   int64_t out_row;
 };
 
-template <class scalar_t, int kRows, int kVectors>
-__attribute__((noinline)) void tile(const Operands<scalar_t>& o) {
+template <class scalar_t, class weight_t, int kRows, int kVectors>
+__attribute__((noinline)) void tile(const Operands<scalar_t, weight_t>& o) {
   using V = vector_of<scalar_t>;
   constexpr int64_t lanes = lanes_of<scalar_t>;
   const scalar_t* a = o.a;
-  const scalar_t* w = o.w;
+  const weight_t* w = o.w;
   const int64_t a_row = o.a_row, a_k = o.a_k, w_k = o.w_k;
   // Partial sums of kBlock products each, started at zero, keep the
   // rounding error near that of a blocked library product; the start
@@ -54,7 +58,11 @@ __attribute__((noinline)) void tile(const Operands<scalar_t>& o) {
     for (int64_t k = smaller(left, kBlock); k > 0; --k) {
       V b[kVectors];
       RNNFAST_UNROLL
-      for (int v = 0; v < kVectors; ++v) b[v] = load(w + v * lanes);
+      for (int v = 0; v < kVectors; ++v) {
+        if (v * sizeof(V) % 64 == 0)  // once a cache line
+          __builtin_prefetch(reinterpret_cast<const char*>(w + v * lanes) + kAhead);
+        b[v] = load_wide(w + v * lanes);
+      }
       RNNFAST_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const V s = a[r * a_row] - V{};  // x - 0 is x to the compiler, 0 + x is not
@@ -77,46 +85,45 @@ __attribute__((noinline)) void tile(const Operands<scalar_t>& o) {
   } while (left > 0);
 }
 
-template <class scalar_t, int kVectors>
-void tile_of(int rows, const Operands<scalar_t>& o) {
+template <class scalar_t, class weight_t, int kVectors>
+void tile_of(int rows, const Operands<scalar_t, weight_t>& o) {
   switch (rows) {
-    case 1: return tile<scalar_t, 1, kVectors>(o);
-    case 2: return tile<scalar_t, 2, kVectors>(o);
-    case 3: return tile<scalar_t, 3, kVectors>(o);
+    case 1: return tile<scalar_t, weight_t, 1, kVectors>(o);
+    case 2: return tile<scalar_t, weight_t, 2, kVectors>(o);
+    case 3: return tile<scalar_t, weight_t, 3, kVectors>(o);
     case 4:
-      if constexpr (max_rows(kVectors) >= 4) return tile<scalar_t, 4, kVectors>(o);
+      if constexpr (max_rows(kVectors) >= 4) return tile<scalar_t, weight_t, 4, kVectors>(o);
       break;
     case 5:
-      if constexpr (max_rows(kVectors) >= 5) return tile<scalar_t, 5, kVectors>(o);
+      if constexpr (max_rows(kVectors) >= 5) return tile<scalar_t, weight_t, 5, kVectors>(o);
       break;
     case 6:
-      if constexpr (max_rows(kVectors) >= 6) return tile<scalar_t, 6, kVectors>(o);
+      if constexpr (max_rows(kVectors) >= 6) return tile<scalar_t, weight_t, 6, kVectors>(o);
       break;
     case 7:
-      if constexpr (max_rows(kVectors) >= 7) return tile<scalar_t, 7, kVectors>(o);
+      if constexpr (max_rows(kVectors) >= 7) return tile<scalar_t, weight_t, 7, kVectors>(o);
       break;
     case 8:
-      if constexpr (max_rows(kVectors) >= 8) return tile<scalar_t, 8, kVectors>(o);
+      if constexpr (max_rows(kVectors) >= 8) return tile<scalar_t, weight_t, 8, kVectors>(o);
       break;
   }
   __builtin_unreachable();  // callers cut rows by max_rows
 }
 
-template <class scalar_t>
-void tile_of(int rows, int vectors, const Operands<scalar_t>& o) {
+template <class scalar_t, class weight_t>
+void tile_of(int rows, int vectors, const Operands<scalar_t, weight_t>& o) {
   switch (vectors) {
-    case 1: return tile_of<scalar_t, 1>(rows, o);
-    case 2: return tile_of<scalar_t, 2>(rows, o);
-    case 3: return tile_of<scalar_t, 3>(rows, o);
-    default: return tile_of<scalar_t, 4>(rows, o);
+    case 1: return tile_of<scalar_t, weight_t, 1>(rows, o);
+    case 2: return tile_of<scalar_t, weight_t, 2>(rows, o);
+    case 3: return tile_of<scalar_t, weight_t, 3>(rows, o);
+    default: return tile_of<scalar_t, weight_t, 4>(rows, o);
   }
 }
 
-// Calls use(first_row, rows) over [0, rows) in tiles of nearly equal height, none above
-// max_rows(vectors).
+// Calls use(first_row, rows) over [0, rows) in tiles of nearly equal height, none above `limit`.
 template <class Use>
-RNNFAST_HD void for_row_tiles(int64_t rows, int vectors, const Use& use) {
-  const int64_t tiles = divide_up(rows, max_rows(vectors));
+RNNFAST_HD void for_row_tiles(int64_t rows, int limit, const Use& use) {
+  const int64_t tiles = divide_up(rows, limit);
   int64_t row = 0;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t height = (rows - row) / (tiles - i);
@@ -126,14 +133,16 @@ RNNFAST_HD void for_row_tiles(int64_t rows, int vectors, const Use& use) {
 }
 
 // out[r][0 .. vectors*lanes) = start + a[r] . w for any number of rows.
-template <class scalar_t>
-__attribute__((noinline)) void multiply(int64_t rows, int vectors, const Operands<scalar_t>& all) {
-  for_row_tiles(rows, vectors, [&](int64_t row, int height) {
-    Operands<scalar_t> o = all;
+template <class scalar_t, class weight_t>
+__attribute__((noinline)) void multiply(int64_t rows, int vectors,
+                                        const Operands<scalar_t, weight_t>& all) {
+  if (rows <= max_rows(vectors)) return tile_of(static_cast<int>(rows), vectors, all);
+  for_row_tiles(rows, max_rows(vectors), [&](int64_t row, int height) {
+    Operands<scalar_t, weight_t> o = all;
     o.a += row * o.a_row;
     if (o.start) o.start += row * o.start_row;
     o.out += row * o.out_row;
-    tile_of<scalar_t>(height, vectors, o);
+    tile_of(height, vectors, o);
   });
 }
 
@@ -151,7 +160,7 @@ __attribute__((noinline)) void multiply_columns(int64_t rows, int64_t columns, b
   }
   // A full vector would run past the row: go through a buffer.
   alignas(64) scalar_t buffer[kMaxRows][kMaxVectors * lanes];
-  for_row_tiles(rows, vectors, [&](int64_t row, int height) {
+  for_row_tiles(rows, max_rows(vectors), [&](int64_t row, int height) {
     Operands<scalar_t> o = all;
     o.a += row * o.a_row;
     scalar_t* out = o.out + row * o.out_row;
@@ -162,15 +171,45 @@ __attribute__((noinline)) void multiply_columns(int64_t rows, int64_t columns, b
       for (int64_t c = columns; c < vectors * lanes; ++c) buffer[r][c] = scalar_t(0);
     o.start = o.out = &buffer[0][0];
     o.start_row = o.out_row = kMaxVectors * lanes;
-    tile_of<scalar_t>(height, vectors, o);
+    tile_of(height, vectors, o);
     for (int r = 0; r < height; ++r)
       for (int64_t c = 0; c < columns; ++c) out[r * all.out_row + c] = buffer[r][c];
   });
 }
 
-template <class scalar_t, int kRows, int kUnits>
+// sums[i] = the sum of the lanes of v[i], for n vectors together: halves are added to halves, two
+// vectors to one, as long as there are vectors for it. Each sum is the same tree whatever n is.
+template <class scalar_t, int n>
+RNNFAST_HD void sum_all(const vector_of<scalar_t>* v, scalar_t* sums) {
+  constexpr int lanes = static_cast<int>(lanes_of<scalar_t>);
+  if constexpr (n % 2 || n < 2) {
+    for (int i = 0; i < n; ++i) sums[i] = sum_lanes<scalar_t>(v[i]);
+  } else {
+    constexpr int kTogether = n % 16 == 0 && lanes >= 16 ? 16
+                              : n % 8 == 0 && lanes >= 8 ? 8
+                              : n % 4 == 0 && lanes >= 4 ? 4
+                                                         : 2;
+    for (int i = 0; i < n; i += kTogether) {
+      vector_of<scalar_t> square[kTogether];
+      RNNFAST_UNROLL
+      for (int j = 0; j < kTogether; ++j) square[j] = v[i + j];
+      const vector_of<scalar_t> folded = fold<scalar_t, kTogether>(square);
+      // What kTogether vectors could not fold any further.
+      scalar_t left[lanes];
+      store(left, folded);
+      constexpr int kEach = lanes / kTogether;
+      for (int j = 0; j < kTogether; ++j) {
+        for (int width = kEach / 2; width > 0; width /= 2)
+          for (int l = 0; l < width; ++l) left[j * kEach + l] += left[j * kEach + l + width];
+        sums[i + j] = left[j * kEach];
+      }
+    }
+  }
+}
+
+template <class scalar_t, class weight_t, int kRows, int kUnits>
 __attribute__((noinline)) void dot_tile(int64_t k_size, const scalar_t* a, int64_t a_row,
-                                        const scalar_t* w, int64_t w_row, const scalar_t* start,
+                                        const weight_t* w, int64_t w_row, const scalar_t* start,
                                         scalar_t* out, int64_t out_row) {
   using V = vector_of<scalar_t>;
   constexpr int64_t lanes = lanes_of<scalar_t>;
@@ -182,31 +221,33 @@ __attribute__((noinline)) void dot_tile(int64_t k_size, const scalar_t* a, int64
     for (int r = 0; r < kRows; ++r) x[r] = load(a + r * a_row + k);
     RNNFAST_UNROLL
     for (int u = 0; u < kUnits; ++u) {
-      const V b = load(w + u * w_row + k);
+      const V b = load_wide(w + u * w_row + k);
       RNNFAST_UNROLL
       for (int r = 0; r < kRows; ++r) acc[r][u] += x[r] * b;
     }
   }
+  scalar_t sums[kRows * kUnits];
+  sum_all<scalar_t, kRows * kUnits>(&acc[0][0], sums);
   for (int r = 0; r < kRows; ++r)
     for (int u = 0; u < kUnits; ++u) {
-      scalar_t sum = sum_lanes<scalar_t>(acc[r][u]);
-      for (int64_t i = k; i < k_size; ++i) sum += a[r * a_row + i] * w[u * w_row + i];
+      scalar_t sum = sums[r * kUnits + u];
+      for (int64_t i = k; i < k_size; ++i) sum += a[r * a_row + i] * widen_scalar(w[u * w_row + i]);
       out[r * out_row + u] = sum + (start ? start[u] : scalar_t(0));
     }
 }
 
 // out[r][u] = start[u] + a[r] . w[u] for `units` rows of w,
 // each K long: no packing, made for few rows.
-template <class scalar_t>
+template <class scalar_t, class weight_t>
 __attribute__((noinline)) void multiply_direct(int64_t rows, int64_t units, int64_t k_size,
-                                               const scalar_t* a, int64_t a_row, const scalar_t* w,
+                                               const scalar_t* a, int64_t a_row, const weight_t* w,
                                                int64_t w_row, const scalar_t* start, scalar_t* out,
                                                int64_t out_row) {
   // Units outside, rows inside: each weight comes from memory once, whatever the number of rows.
   const auto all_rows = [&](auto units_constant, int64_t u) {
     constexpr int kUnits = decltype(units_constant)::value;
     const auto block = [&](auto rows_constant, int64_t r) {
-      dot_tile<scalar_t, decltype(rows_constant)::value, kUnits>(
+      dot_tile<scalar_t, weight_t, decltype(rows_constant)::value, kUnits>(
           k_size, a + r * a_row, a_row, w + u * w_row, w_row, start ? start + u : nullptr,
           out + r * out_row + u, out_row);
     };

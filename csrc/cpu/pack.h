@@ -87,30 +87,30 @@ RNNFAST_HD void transpose_from(V (&square)[n]) {
 }
 
 // out[k*out_k + lane] = w[lane*w_row + k] for `rows` <= lanes rows, zero in the lanes beyond.
-template <class scalar_t>
-void pack_vector(int64_t rows, int64_t k_size, const scalar_t* w, int64_t w_row, scalar_t* out,
+template <class weight_t>
+void pack_vector(int64_t rows, int64_t k_size, const weight_t* w, int64_t w_row, weight_t* out,
                  int64_t out_k) {
-  using V = vector_of<scalar_t>;
-  constexpr int n = static_cast<int>(lanes_of<scalar_t>);
+  using V = vector_of<accumulator_of<weight_t>>;
+  constexpr int n = static_cast<int>(lanes_of<accumulator_of<weight_t>>);
   int64_t k = 0;
   for (; k + n <= k_size; k += n) {
     V square[n];
     RNNFAST_UNROLL
-    for (int i = 0; i < n; ++i) square[i] = i < rows ? load(w + i * w_row + k) : V{};
+    for (int i = 0; i < n; ++i) square[i] = i < rows ? load_wide(w + i * w_row + k) : V{};
     transpose_from<1>(square);
     RNNFAST_UNROLL
-    for (int i = 0; i < n; ++i) store(out + (k + i) * out_k, square[i]);
+    for (int i = 0; i < n; ++i) store_narrow(out + (k + i) * out_k, square[i]);
   }
   for (; k < k_size; ++k)
-    for (int i = 0; i < n; ++i) out[k * out_k + i] = i < rows ? w[i * w_row + k] : scalar_t(0);
+    for (int i = 0; i < n; ++i) out[k * out_k + i] = i < rows ? w[i * w_row + k] : weight_t{};
 }
 
-template <class scalar_t>
-void pack_units(const Panels<scalar_t>& panels, int64_t panel, int64_t k_size, const scalar_t* w,
-                scalar_t* packed) {
-  constexpr int64_t lanes = lanes_of<scalar_t>;
+template <class acc_t, class weight_t>
+void pack_units(const Panels<acc_t>& panels, int64_t panel, int64_t k_size, const weight_t* w,
+                weight_t* packed) {
+  constexpr int64_t lanes = lanes_of<acc_t>;
   const int vectors = panels.vectors_per_gate(panel);
-  scalar_t* out = packed + panels.offset(panel) * k_size;
+  weight_t* out = packed + panels.offset(panel) * k_size;
   for (int g = 0; g < panels.gates; ++g)
     for (int v = 0; v < vectors; ++v) {
       const int64_t unit = panels.first(panel) + v * lanes;
@@ -121,17 +121,16 @@ void pack_units(const Panels<scalar_t>& panels, int64_t panel, int64_t k_size, c
 }
 
 // A (gates*units) vector in the same order: the accumulators' start values.
-template <class scalar_t>
-void pack_bias(const Panels<scalar_t>& panels, int64_t panel, const scalar_t* bias,
-               scalar_t* packed) {
-  constexpr int64_t lanes = lanes_of<scalar_t>;
+template <class acc_t, class bias_t>
+void pack_bias(const Panels<acc_t>& panels, int64_t panel, const bias_t* bias, acc_t* packed) {
+  constexpr int64_t lanes = lanes_of<acc_t>;
   const int vectors = panels.vectors_per_gate(panel);
-  scalar_t* out = packed + panels.offset(panel);
+  acc_t* out = packed + panels.offset(panel);
   for (int g = 0; g < panels.gates; ++g)
     for (int v = 0; v < vectors; ++v) {
       const int64_t unit = panels.first(panel) + v * lanes;
       store(out + (g * vectors + v) * lanes,
-            load_part(bias + g * panels.units + unit, panels.units - unit));
+            load_wide_part(bias + g * panels.units + unit, panels.units - unit));
     }
 }
 

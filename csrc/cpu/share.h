@@ -27,6 +27,12 @@ RNNFAST_HD pointer_t* step_of(const LayerArgs<scalar_t>& args, const Rows<pointe
   return rows.data + (args.offsets ? args.offsets[t] * rows.row_stride : t * rows.step_stride);
 }
 
+// Whether zeros enter step t of row b, in place of the state before it or h0.
+template <class scalar_t>
+RNNFAST_HD bool starts_anew(const LayerArgs<scalar_t>& args, int64_t t, int64_t b) {
+  return args.reset && args.reset[first_row(args, t) + b];
+}
+
 // The step whose state enters step t; its rows beyond active() enter from h0.
 template <class scalar_t>
 RNNFAST_HD int64_t previous(const LayerArgs<scalar_t>& args, int64_t t) {
@@ -67,9 +73,9 @@ struct Share {
   Range rows, panels, output_panels;
 };
 
-template <class scalar_t>
+template <class scalar_t, class acc_t>
 Share share_of(const LayerArgs<scalar_t>& args, const Choice& choice, const Worker& worker,
-               const Panels<scalar_t>& units, const Panels<scalar_t>& outputs) {
+               const Panels<acc_t>& units, const Panels<acc_t>& outputs) {
   if (choice.split == Split::kBatch)
     return {false,
             rows_part(args, worker.index, worker.count),

@@ -1,10 +1,8 @@
 #include "team.h"
 
 #include <pthread.h>
-#ifdef __linux__
-#include <sched.h>
-#endif
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -13,12 +11,28 @@
 namespace rnnfast {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 enum Decision : int { kUndecided, kTogether, kAlone };
 
 // How long the first member waits for the others before it does the whole work alone.
 constexpr auto kRendezvousLimit = std::chrono::milliseconds(10);
-// Some 20 to 50 us, then the processor is offered to whoever else wants it.
-constexpr int kSpins = 4000;
+// Looks at what is waited for before the processor is offered to whoever else wants it: 20 to 200
+// us, by how long the processor pauses. Fewer while that does not help: see wait_until.
+constexpr int kSpins = 4000, kLeastSpins = 60;
+// Then it is left for good and asked for again now and then: a thread that only yields starves
+// those below its priority, and one that waits for a stopped member heats the room.
+constexpr auto kYieldLimit = std::chrono::milliseconds(1);
+constexpr auto kSleep = std::chrono::microseconds(50);
+// After a call that lost more to waiting than its team can have saved, the calling thread works
+// alone for so many times what it lost: a busy machine costs no more than that share.
+constexpr int kPauseFactor = 10;
+// Waking a thread that went to sleep takes up to so long on an idle machine, too.
+constexpr auto kUsualWait = std::chrono::microseconds(1000);
+// But never for long: one lost second must not make ten slow ones.
+constexpr auto kLongestPause = std::chrono::milliseconds(50);
+
+thread_local Clock::time_point alone_until{};
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -28,14 +42,29 @@ inline void relax() {
 #endif
 }
 
+// Returns how long it waited beyond spinning. Threads that share a processor only delay each other
+// by spinning, so a wait that outlasts it halves the next one's.
 template <class Ready>
-void wait_until(const Ready& ready) {
-  for (int spin = 0; !ready(); ++spin) {
-    if (spin < kSpins)
-      relax();
-    else
-      std::this_thread::yield();
+Clock::duration wait_until(const Ready& ready) {
+  thread_local int spins = kSpins;
+  for (int spin = 0; spin < spins; ++spin) {
+    if (ready()) {
+      if (spins < kSpins) spins = spins * 2 < kSpins ? spins * 2 : kSpins;
+      return {};
+    }
+    relax();
   }
+  spins = spins / 2 > kLeastSpins ? spins / 2 : kLeastSpins;
+  const auto start = Clock::now();
+  auto now = start;
+  while (!ready()) {
+    if (now - start < kYieldLimit)
+      std::this_thread::yield();
+    else
+      std::this_thread::sleep_for(kSleep);
+    now = Clock::now();
+  }
+  return now - start;
 }
 
 // After fork the pool's threads are gone in the child, and waiting for them would never end.
@@ -54,6 +83,9 @@ struct Team {
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> waiting{0};
   alignas(64) std::atomic<unsigned> phase{0};
+  // Of the first member: what it waited in vain, and when its own part was done.
+  alignas(64) Clock::duration lost{};
+  Clock::time_point finished{};
 };
 
 namespace {
@@ -73,14 +105,14 @@ void run_member(long begin, long end, void* context) {
   }
   if (begin == 0) {
     team.arrived.fetch_add(1, std::memory_order_acq_rel);
-    const auto deadline = std::chrono::steady_clock::now() + kRendezvousLimit;
-    wait_until([&] {
-      return team.arrived.load(std::memory_order_acquire) == team.count ||
-             std::chrono::steady_clock::now() > deadline;
+    const auto deadline = Clock::now() + kRendezvousLimit;
+    team.lost += wait_until([&] {
+      return team.arrived.load(std::memory_order_acquire) == team.count || Clock::now() > deadline;
     });
     if (team.arrived.load(std::memory_order_acquire) != team.count) {
       team.decision.store(kAlone, std::memory_order_release);
       run_alone(team);
+      team.finished = Clock::now();
       return;
     }
     team.ran.store(team.count, std::memory_order_relaxed);
@@ -92,6 +124,21 @@ void run_member(long begin, long end, void* context) {
     if (team.decision.load(std::memory_order_acquire) == kAlone) return;
   }
   team.work(team.context, Worker{static_cast<int>(begin), team.count, &team});
+  if (begin == 0) team.finished = Clock::now();
+}
+
+// Whether the next calls had better be spared a team: this one's members came late or lost the
+// processor in the middle, as they do on a busy machine.
+void judge(const Team& team, Clock::time_point start) {
+  thread_local int judged = 0;  // the first team of a size waits for its threads to be made
+  const bool first = team.count != judged;
+  judged = team.count;
+  if (first) return;
+  const auto now = Clock::now();
+  const auto lost = team.lost + (now - team.finished), worked = now - start - lost;
+  const auto saved = team.ran.load() == 1 ? Clock::duration{} : worked * (team.count - 1);
+  if (lost > std::max<Clock::duration>(saved, kUsualWait))
+    alone_until = now + std::min<Clock::duration>(lost * kPauseFactor, kLongestPause);
 }
 
 }  // namespace
@@ -104,7 +151,9 @@ void barrier(const Worker& worker) {
     team.waiting.store(0, std::memory_order_relaxed);
     team.phase.store(phase + 1, std::memory_order_release);
   } else {
-    wait_until([&] { return team.phase.load(std::memory_order_acquire) != phase; });
+    const auto lost =
+        wait_until([&] { return team.phase.load(std::memory_order_acquire) != phase; });
+    if (worker.index == 0) team.lost += lost;
   }
 }
 
@@ -115,23 +164,46 @@ int run_team(int count, ParallelFor parallel_for, WorkFn work, void* context) {
   team.context = context;
   if (count < 2 || parallel_for == nullptr || forked_child.load(std::memory_order_relaxed)) {
     run_alone(team);
-  } else {
-    parallel_for(count, run_member, &team);
-    if (team.ran.load() == 0) run_alone(team);
+    return 1;
   }
+  const auto start = Clock::now();
+  if (start < alone_until) {
+    run_alone(team);
+    return 1;
+  }
+  parallel_for(count, run_member, &team);
+  if (team.ran.load() == 0) run_alone(team);
+  if (team.finished != Clock::time_point{}) judge(team, start);
   return team.ran.load();
 }
 
-int usable_processors() {
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) {
-    const int count = CPU_COUNT(&set);
-    if (count > 0) return count;
+namespace {
+
+struct TwoTeams {
+  int each;
+  WorkFn work;
+  void* const* contexts;
+  Team teams[2];
+};
+
+void work_of_two(void* context, const Worker& worker) {
+  auto& two = *static_cast<TwoTeams*>(context);
+  if (worker.count == 1) {
+    for (int i = 0; i < 2; ++i) two.work(two.contexts[i], Worker{0, 1, &two.teams[i]});
+    return;
   }
-#endif
-  const unsigned count = std::thread::hardware_concurrency();
-  return count > 0 ? static_cast<int>(count) : 1;
+  const int mine = worker.index / two.each;
+  two.work(two.contexts[mine], Worker{worker.index % two.each, two.each, &two.teams[mine]});
+}
+
+}  // namespace
+
+int run_two_teams(int each, ParallelFor parallel_for, WorkFn work, void* const (&contexts)[2]) {
+  TwoTeams two{};
+  two.each = each;
+  two.work = work;
+  two.contexts = contexts;
+  return run_team(2 * each, parallel_for, work_of_two, &two);
 }
 
 }  // namespace rnnfast

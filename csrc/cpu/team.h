@@ -24,11 +24,12 @@ using WorkFn = void (*)(void* context, const Worker& worker);
 
 // Runs `work` once on each of `count` threads that are proved to run at the same time, or once on
 // one thread alone (worker.count == 1) when that cannot be had: fewer threads than asked for, a
-// nested call, a forked child. Returns the number of workers that ran.
+// nested call, a forked child, or a machine so busy that this thread's last team waited more than
+// it worked. Returns the number of workers that ran.
 int run_team(int count, ParallelFor parallel_for, WorkFn work, void* context);
 
-// The processors that this process may use, at least 1: more spinning threads than that only get in
-// each other's way.
-int usable_processors();
+// Two teams of `each` threads at the same time, each with a barrier of its own; work(contexts[i])
+// is the i-th's. One thread alone does one after the other. Returns the number of threads that ran.
+int run_two_teams(int each, ParallelFor parallel_for, WorkFn work, void* const (&contexts)[2]);
 
 }  // namespace rnnfast

@@ -2,7 +2,14 @@
 // the engine needs.
 #pragma once
 
+#include <cstddef>
+#include <utility>
+
 #include "../core/math.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #ifndef RNNFAST_VECTOR_BYTES
 #define RNNFAST_VECTOR_BYTES 16  // SSE2, NEON and every other 128-bit ISA
@@ -19,6 +26,31 @@ typedef int64_t Int64Vector __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
 template <>
 struct Lanes<Float32Vector> : FloatConstants {
   using int_t = Int32Vector;
+#if RNNFAST_VECTOR_BYTES == 64
+  // A division of such a vector takes 16 cycles, an estimate and a step of Newton's method 3;
+  // within 1 ulp where x and the result are normal numbers.
+  RNNFAST_HD static Float32Vector reciprocal(Float32Vector x) {
+    const __m512 v = bit_cast<__m512>(x);
+    const Float32Vector r = bit_cast<Float32Vector>(_mm512_maskz_rcp14_ps(0xffff, v));
+    return r + r * (1.0f - x * r);
+  }
+  // One instruction: if one of them is a NaN, it gives the second.
+  RNNFAST_HD static Float32Vector maximum(Float32Vector bound, Float32Vector x) {
+    return bit_cast<Float32Vector>(
+        _mm512_maskz_max_ps(0xffff, bit_cast<__m512>(bound), bit_cast<__m512>(x)));
+  }
+  RNNFAST_HD static Float32Vector minimum(Float32Vector bound, Float32Vector x) {
+    return bit_cast<Float32Vector>(
+        _mm512_maskz_min_ps(0xffff, bit_cast<__m512>(bound), bit_cast<__m512>(x)));
+  }
+#elif RNNFAST_VECTOR_BYTES == 32
+  RNNFAST_HD static Float32Vector maximum(Float32Vector bound, Float32Vector x) {
+    return bit_cast<Float32Vector>(_mm256_max_ps(bit_cast<__m256>(bound), bit_cast<__m256>(x)));
+  }
+  RNNFAST_HD static Float32Vector minimum(Float32Vector bound, Float32Vector x) {
+    return bit_cast<Float32Vector>(_mm256_min_ps(bit_cast<__m256>(bound), bit_cast<__m256>(x)));
+  }
+#endif
 };
 template <>
 struct Lanes<Float64Vector> : DoubleConstants {
@@ -87,6 +119,43 @@ RNNFAST_HD scalar_t sum_lanes(vector_of<scalar_t> v) {
   for (int64_t width = lanes_of<scalar_t> / 2; width > 0; width /= 2)
     for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
+}
+
+// Two vectors in one: the upper half of each group of `group` lanes added to the lower half, those
+// of a before those of b.
+template <int group, class V, std::size_t... lane>
+RNNFAST_HD V fold_pair(V a, V b, std::index_sequence<lane...>) {
+  constexpr int n = sizeof...(lane), half = group / 2;
+  // Lane i of the result is lane i % half of group i / half of a and b together.
+#if defined(__clang__) || __GNUC__ >= 12
+  const V low = __builtin_shufflevector(
+      a, b, (static_cast<int>(lane) / half * group + static_cast<int>(lane) % half)...);
+  const V high = __builtin_shufflevector(
+      a, b, (static_cast<int>(lane) / half * group + static_cast<int>(lane) % half + half)...);
+#else
+  using I = typename Lanes<V>::int_t;
+  const V low = __builtin_shuffle(
+      a, b, I{(static_cast<int>(lane) / half * group + static_cast<int>(lane) % half)...});
+  const V high = __builtin_shuffle(
+      a, b, I{(static_cast<int>(lane) / half * group + static_cast<int>(lane) % half + half)...});
+#endif
+  static_assert(n % group == 0, "groups fill a vector");
+  return low + high;
+}
+
+// n vectors folded into one: group i of the result holds what is left of vector i.
+template <class scalar_t, int n, int group = static_cast<int>(lanes_of<scalar_t>)>
+RNNFAST_HD vector_of<scalar_t> fold(const vector_of<scalar_t> (&v)[n]) {
+  if constexpr (n == 1) {
+    return v[0];
+  } else {
+    vector_of<scalar_t> half[n / 2];
+    RNNFAST_UNROLL
+    for (int i = 0; i < n / 2; ++i)
+      half[i] =
+          fold_pair<group>(v[2 * i], v[2 * i + 1], std::make_index_sequence<lanes_of<scalar_t>>{});
+    return fold<scalar_t, n / 2, group / 2>(half);
+  }
 }
 
 // A number as a type, to hand a template argument to a lambda.

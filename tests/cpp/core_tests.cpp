@@ -46,6 +46,7 @@ struct Layer {
   int64_t T, B, I, H, P;
   bool reverse;
   std::vector<int64_t> batch_sizes, offsets;
+  std::vector<uint8_t> reset;
   Values x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr;
 
   Layer(int cell_id, int64_t t, int64_t b, int64_t i, int64_t h, int64_t p, bool uneven,
@@ -77,6 +78,13 @@ struct Layer {
     if (p) fill(w_hr, P * H);
   }
 
+  // Every third row starts anew: some at every step, and some at the first.
+  Layer with_resets() const {
+    Layer layer = *this;
+    layer.reset.resize(rows());
+    for (int64_t row = 0; row < rows(); ++row) layer.reset[row] = row % 3 == 1;
+    return layer;
+  }
   int64_t rows() const { return static_cast<int64_t>(x.size()) / I; }
   int64_t planes() const {
     const CellInfo& info = cell_info(cell);
@@ -88,6 +96,7 @@ struct Layer {
     args.batch_sizes = batch_sizes.empty() ? nullptr : batch_sizes.data();
     args.offsets = batch_sizes.empty() ? nullptr : offsets.data();
     args.reverse = reverse;
+    args.reset = reset.empty() ? nullptr : reset.data();
     args.x = {x.data(), B * I, I};
     args.h0 = h0.data(), args.c0 = c0.data(), args.w_ih = w_ih.data(), args.w_hh = w_hh.data();
     args.b_ih = b_ih.data(), args.b_hh = b_hh.data(),
@@ -106,7 +115,7 @@ Outputs forward(const Layer& layer, const Threads& threads) {
   layer.fill(args);
   args.y = out.y.data(), args.h_n = out.h_n.data(), args.c_n = out.c_n.data(),
   args.saved = out.saved.data();
-  run_forward(active_isa(), layer.cell, args, threads);
+  run_forward(active_isa(), layer.cell, args, WeightFormat::kPlain, threads);
   return out;
 }
 
@@ -250,7 +259,9 @@ int main() {
       for (const bool uneven : {false, true}) {
         const std::string what = std::string(cell_info(cell).name) + (reverse ? " reverse" : "") +
                                  (uneven ? " uneven" : "");
-        check_layer(Layer(cell, 3, 5, 3, 5, 0, uneven, reverse), what + " small");
+        const Layer small(cell, 3, 5, 3, 5, 0, uneven, reverse);
+        check_layer(small, what + " small");
+        check_layer(small.with_resets(), what + " small, resets");
         if (cell_info(cell).states == 2)
           check_layer(Layer(cell, 3, 4, 3, 7, 3, uneven, reverse), what + " projected");
       }
@@ -259,6 +270,9 @@ int main() {
   check_layer(Layer(1, 6, 26, 40, 50, 0, true, true), "gru by rows, uneven");
   check_layer(Layer(0, 16, 3, 33, 90, 0, false, false), "lstm by units");
   check_layer(Layer(0, 16, 3, 33, 90, 40, false, true), "lstm projected by units");
+  check_layer(Layer(1, 6, 26, 40, 50, 0, true, true).with_resets(), "gru by rows, resets");
+  check_layer(Layer(0, 16, 3, 33, 90, 0, false, false).with_resets(), "lstm by units, resets");
+  check_layer(Layer(0, 16, 3, 33, 90, 40, false, true).with_resets(), "lstm projected, resets");
   std::printf("%d passed, %d failed\n", checks - failures, failures);
   return failures == 0 ? 0 : 1;
 }

@@ -1,0 +1,33 @@
+// Room for results, and the step from a tensor's type to a C++ one.
+#pragma once
+
+#include "../cpu/dispatch.h"
+#include "checks.h"
+
+namespace rnnfast {
+
+template <class scalar_t>
+scalar_t* out(const Tensor& tensor) {
+  return static_cast<scalar_t*>(tensor.mutable_data_ptr());
+}
+
+// Calls use with a number of the type.
+template <class Use>
+void with_type(ScalarType dtype, const Use& use) {
+  switch (dtype) {
+    case ScalarType::Float: return use(float{});
+    case ScalarType::Double: return use(double{});
+    case ScalarType::BFloat16: return use(BFloat16{});
+    default: return use(Float16{});
+  }
+}
+
+inline Tensor empty_as(const Tensor& tensor, ScalarType dtype) {
+  switch (tensor.dim()) {
+    case 1: return empty({tensor.size(0)}, dtype);
+    case 2: return empty({tensor.size(0), tensor.size(1)}, dtype);
+    default: return empty({tensor.size(0), tensor.size(1), tensor.size(2)}, dtype);
+  }
+}
+
+}  // namespace rnnfast

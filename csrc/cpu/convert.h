@@ -1,0 +1,145 @@
+// Loads and stores of 16-bit numbers: a vector of them is a vector of floats in registers.
+#pragma once
+
+#include "../core/numbers.h"
+#include "vec.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace rnnfast::RNNFAST_TARGET {
+namespace {
+
+typedef uint16_t Bits16Vector __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 2)));
+typedef uint32_t Bits32Vector __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
+
+RNNFAST_HD Float32Vector widen(BFloat16, Bits16Vector bits) {
+  return bit_cast<Float32Vector>(__builtin_convertvector(bits, Bits32Vector) << 16);
+}
+
+// To the nearest, ties to even; a NaN stays one.
+RNNFAST_HD Bits16Vector narrow(BFloat16, Float32Vector x) {
+  const Bits32Vector bits = bit_cast<Bits32Vector>(x);
+  const Bits32Vector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits32Vector quiet = (bits >> 16) | 0x40;
+  return __builtin_convertvector(x == x ? rounded : quiet, Bits16Vector);
+}
+
+#if defined(__AVX512F__)  // with a mask of ones: GCC 12 warns of a variable inside the others
+RNNFAST_HD Float32Vector widen(Float16, Bits16Vector bits) {
+  return bit_cast<Float32Vector>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits)));
+}
+RNNFAST_HD Bits16Vector narrow(Float16, Float32Vector x) {
+  return bit_cast<Bits16Vector>(_mm512_maskz_cvtps_ph(
+      0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+RNNFAST_HD Float32Vector widen(Float16, Bits16Vector bits) {
+  return bit_cast<Float32Vector>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
+}
+RNNFAST_HD Bits16Vector narrow(Float16, Float32Vector x) {
+  return bit_cast<Bits16Vector>(
+      _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__aarch64__)
+RNNFAST_HD Float32Vector widen(Float16, Bits16Vector bits) {
+  return bit_cast<Float32Vector>(vcvt_f32_f16(bit_cast<float16x4_t>(bits)));
+}
+RNNFAST_HD Bits16Vector narrow(Float16, Float32Vector x) {
+  return bit_cast<Bits16Vector>(vcvt_f16_f32(bit_cast<float32x4_t>(x)));
+}
+#else
+// Exponent and mantissa moved into a float's place and scaled by 2^112, which makes subnormal
+// numbers right, too.
+RNNFAST_HD Float32Vector widen(Float16, Bits16Vector half) {
+  const Bits32Vector bits = __builtin_convertvector(half, Bits32Vector);
+  const Bits32Vector body = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
+  const Float32Vector scaled = bit_cast<Float32Vector>(body) * splat<Float32Vector>(0x1p112);
+  // An exponent of ones (infinity, NaN) keeps its ones.
+  const Bits32Vector value =
+      (bits & 0x7c00) == 0x7c00 ? body | 0x7f800000u : bit_cast<Bits32Vector>(scaled);
+  return bit_cast<Float32Vector>(value | sign);
+}
+// Rounded by an addition: to a number whose last place is that of the result.
+RNNFAST_HD Bits16Vector narrow(Float16, Float32Vector x) {
+  const Bits32Vector bits = bit_cast<Bits32Vector>(x);
+  const Bits32Vector sign = (bits >> 16) & 0x8000, body = bits & 0x7fffffff;
+  // Normal results: ties to even on the 13 bits that go, the exponent's bias from 127 to 15.
+  const Bits32Vector normal = (body + 0xfff + ((body >> 13) & 1) - (112u << 23)) >> 13;
+  // Below 2^-14: adding 0.5 leaves the result in the last bits of the sum.
+  const Float32Vector shifted = bit_cast<Float32Vector>(body) + splat<Float32Vector>(0.5);
+  const Bits32Vector small = bit_cast<Bits32Vector>(shifted) - 0x3f000000u;
+  Bits32Vector half = body < (113u << 23) ? small : normal;
+  half = body >= 0x477ff000u ? (half & 0) | 0x7c00u : half;  // rounds to 2^16 and beyond
+  half = x == x ? half : (half & 0) | 0x7e00u;
+  return __builtin_convertvector(half | sign, Bits16Vector);
+}
+#endif
+
+// --- the loads and stores of an engine, in the type of its sums ---
+
+RNNFAST_HD Float32Vector load_wide(const float* from) { return load(from); }
+RNNFAST_HD Float64Vector load_wide(const double* from) { return load(from); }
+template <class half_t>
+RNNFAST_HD Float32Vector load_wide(const half_t* from) {
+  Bits16Vector bits;
+  __builtin_memcpy(&bits, from, sizeof(bits));
+  return widen(half_t{}, bits);
+}
+
+RNNFAST_HD void store_narrow(float* to, Float32Vector v) { store(to, v); }
+RNNFAST_HD void store_narrow(double* to, Float64Vector v) { store(to, v); }
+template <class half_t>
+RNNFAST_HD void store_narrow(half_t* to, Float32Vector v) {
+  const Bits16Vector bits = narrow(half_t{}, v);
+  __builtin_memcpy(to, &bits, sizeof(bits));
+}
+
+RNNFAST_HD float widen_scalar(float x) { return x; }
+RNNFAST_HD double widen_scalar(double x) { return x; }
+template <class half_t>
+RNNFAST_HD float widen_scalar(half_t x) {
+  return widen(half_t{}, x.bits - Bits16Vector{})[0];
+}
+
+// As load_part and store_part.
+RNNFAST_HD Float32Vector load_wide_part(const float* from, int64_t count) {
+  return load_part(from, count);
+}
+RNNFAST_HD Float64Vector load_wide_part(const double* from, int64_t count) {
+  return load_part(from, count);
+}
+template <class half_t>
+RNNFAST_HD Float32Vector load_wide_part(const half_t* from, int64_t count) {
+  if (count >= lanes_of<float>) return load_wide(from);
+  half_t lanes[lanes_of<float>] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
+  return load_wide(lanes);
+}
+
+RNNFAST_HD void store_narrow_part(float* to, Float32Vector v, int64_t count) {
+  store_part(to, v, count);
+}
+RNNFAST_HD void store_narrow_part(double* to, Float64Vector v, int64_t count) {
+  store_part(to, v, count);
+}
+template <class half_t>
+RNNFAST_HD void store_narrow_part(half_t* to, Float32Vector v, int64_t count) {
+  if (count >= lanes_of<float>) return store_narrow(to, v);
+  half_t lanes[lanes_of<float>];
+  store_narrow(lanes, v);
+  for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
+// out[i] = in[i] in another type.
+template <class from_t, class to_t>
+__attribute__((noinline)) void convert(int64_t count, const from_t* in, to_t* out) {
+  for (int64_t i = 0; i < count; i += lanes_of<accumulator_of<from_t>>)
+    store_narrow_part(out + i, load_wide_part(in + i, count - i), count - i);
+}
+
+}  // namespace
+}  // namespace rnnfast::RNNFAST_TARGET

@@ -1,0 +1,181 @@
+"""What the four layers of modules.py share: the call, freezing, copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _run, _step
+from ._freeze import Frozen, why_not
+from .cells import CellSpec, cell_spec
+
+SPECS: dict[str, CellSpec] = {
+    "LSTM": cell_spec("lstm"),
+    "GRU": cell_spec("gru"),
+    "RNN_TANH": cell_spec("rnn_tanh"),
+    "RNN_RELU": cell_spec("rnn_relu"),
+    "INDRNN_TANH": cell_spec("indrnn_tanh"),
+    "INDRNN_RELU": cell_spec("indrnn_relu"),
+}
+
+
+def spec_of(layer: nn.Module) -> CellSpec:
+    """The cell of a layer."""
+    return SPECS[layer.mode]  # type: ignore[index]
+
+
+# nn.RNNBase and not nn.LSTM: torch.compile refuses every subclass of nn.LSTM, nn.GRU and nn.RNN
+class Layer(nn.RNNBase):
+    """What the four layers share."""
+
+    _frozen: Frozen | None = None
+
+    def _weights(self) -> Sequence[Any]:
+        # read at every call: functional_call, parametrizations and attributes may replace them
+        try:
+            parameters = self._parameters
+            return [parameters[name] for name in self._flat_weights_names]
+        except KeyError:
+            return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _current(self) -> tuple[Sequence[Any], Sequence[Tensor] | None]:
+        """The weights of this call, and their packed form if the layer is frozen."""
+        frozen = self._frozen
+        if frozen is None or torch.compiler.is_compiling():
+            # a frozen layer's checks of memory and versions can't be traced
+            return self._weights(), None
+        return frozen.weights, frozen.packed(self._parameters)
+
+    def forward(self, input: Any, hx: Any = None, reset: Any = None) -> tuple[Any, Any]:
+        """Run the layer.
+
+        Args:
+            input: the sequence, a tensor or a :class:`torch.nn.utils.rnn.PackedSequence`
+            hx: initial state; zeros if ``None``
+            reset: bool, true at the first step of each new sequence: zeros enter that step in place
+                of the state before it (or of ``hx``), and no gradient leaves it backwards. The
+                second direction of a bidirectional layer is cut between the same two steps. For
+                packed input a :class:`~torch.nn.utils.rnn.PackedSequence` packed in the same way,
+                or its ``data``
+
+        Shape: as in the class; reset has that of input without the features.
+
+        Example::
+
+            >>> done = torch.rand(5, 3) < 0.1              # (T, B): which steps begin an episode
+            >>> output, state = layer(torch.randn(5, 3, 10), reset=done)
+        """
+        return _run.of_module(type(self).__name__, SPECS[self.mode], self, input, hx, reset)
+
+    def step(self, input: Any, state: Any = None, reset: Any = None) -> tuple[Any, Any]:
+        r"""Run one step, for streams whose next input is not known yet.
+
+        The same as :meth:`forward` on a sequence of one step, without the dimension of time and
+        with less overhead. Gradients flow through it. Hooks of the module do not run.
+
+        Args:
+            input: features of this step
+            state: as the call before returned it; zeros if ``None``
+            reset: bool, true where a new sequence begins with this step: zeros enter in place of
+                ``state``
+
+        Shape:
+            - input: :math:`(B, I)` or :math:`(I)`
+            - state: as ``hx`` of :meth:`forward`, :math:`(L, B, H)` or :math:`(L, H)`, a pair for
+              the LSTM
+            - reset: :math:`(B)`, or a bool for unbatched input
+            - output: :math:`(B, P)` or :math:`(P)`, :math:`P` = proj_size or hidden_size
+
+        Returns:
+            ``(output, state)``
+
+        Raises:
+            RuntimeError: a bidirectional layer, whose second direction begins at the end of the
+                sequence; a shape, dtype or device that does not fit
+
+        Example::
+
+            >>> layer, state = rnnfast.GRU(10, 20).eval().freeze(), None
+            >>> with torch.inference_mode():
+            ...     for x in stream:                       # each (B, 10)
+            ...         y, state = layer.step(x, state)
+        """
+        return _step.step(self, SPECS[self.mode], input, state, reset)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing; every parameter keeps storage of its own.
+
+        So weights can be tied, sharded and saved by safetensors. Kept because code written
+        for torch.nn calls it.
+        """
+
+    def freeze(self) -> Layer:
+        """Pack the weights once, for inference, and keep the packed copy until :meth:`unfreeze`.
+
+        Without it each call packs anew where that pays, because weights may change between
+        calls. The packed copy costs about the memory of the weights; ``state_dict`` and
+        pickles do not contain it, and a copy of a frozen layer packs its own. Graphs of
+        torch.compile and torch.export do not use it.
+
+        .. warning::
+            Writing through ``.data`` (``layer.weight_hh_l0.data.mul_(2)``) or NumPy leaves no trace
+            to be checked: the layer goes on with the old weights. Write under ``torch.no_grad()``,
+            which is noticed, or call :meth:`freeze` again.
+
+        Returns:
+            the layer itself
+
+        Raises:
+            RuntimeError: if the weights are no parameters (parametrized, say), or not float32,
+                float64, bfloat16 or float16 on the CPU. A call of the frozen layer raises it if
+                gradients are needed, or if a weight was replaced or changed since (then
+                :meth:`freeze` or :meth:`unfreeze`)
+
+        Example::
+
+            >>> layer.eval().freeze()
+            >>> with torch.inference_mode():
+            ...     y, state = layer(x)
+        """
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        self._frozen = Frozen(SPECS[self.mode], self._parameters, self._flat_weights_names, count)
+        return self
+
+    def unfreeze(self) -> Layer:
+        """Drop what :meth:`freeze` kept; the layer computes and trains as before.
+
+        Returns:
+            the layer itself
+        """
+        self._frozen = None
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # .to(), .double() and friends swap what lies under a parameter
+        frozen = self._frozen is not None
+        super()._apply(fn, recurse)
+        if frozen:
+            self.unfreeze()
+            self._refreeze()
+        return self
+
+    def _refreeze(self) -> None:
+        # a copy or a move must not fail over it
+        if why_not(self._parameters, self._flat_weights_names) is None:
+            self.freeze()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        # the packed weights belong to this process and these parameters; a copy packs its own
+        if state.pop("_frozen", None) is not None:
+            state["_refreeze"] = True
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        refreeze = state.pop("_refreeze", False)
+        super().__setstate__(state)
+        if refreeze:
+            self._refreeze()
