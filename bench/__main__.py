@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench compare | plot | table | list``."""
+"""The command line: ``python -m bench compare | plot | table | list | model | extras``."""
 
 from __future__ import annotations
 
@@ -96,6 +96,34 @@ def command_list(options: argparse.Namespace) -> int:
     return 0
 
 
+def command_model(options: argparse.Namespace) -> int:
+    from . import model
+
+    low = [count for count in options.threads if count < 1]
+    if low:
+        raise ValueError(f"bench: --threads must be at least 1 each, got {low[0]}")
+    machine = model.Machine()
+    if options.measure:
+        machine = model.measured_line(machine)
+    if options.write:
+        model.write(options.write, model.tables(options.threads, machine, markdown=True))
+        print(f"written: {options.write}")
+    else:
+        print(model.tables(options.threads, machine, options.markdown))
+    return 0
+
+
+def command_extras(options: argparse.Namespace) -> int:
+    from . import extras
+
+    text = extras.show(extras.measure(options.rounds), options.markdown)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+        print(f"written: {options.out}")
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = main.add_subparsers(required=True, metavar="command")
@@ -118,10 +146,10 @@ def parser() -> argparse.ArgumentParser:
         "--engine",
         default="auto",
         choices=[
-            *("auto", "all", "packed", "direct", "reference"),
-            *("avx512", "avx2", "neon", "portable"),
+            *("auto", "all", "packed", "direct", "serial", "batch", "units", "reference"),
+            *("amx", "avx512_bf16", "avx512", "avx2", "neon", "portable"),
         ],
-        help="force an engine of ours; all: both kernels beside the choice of the library",
+        help="force an engine of ours; all: each kernel and split beside the choice of the library",
     )
     run.add_argument(
         "--ours",
@@ -139,6 +167,23 @@ def parser() -> argparse.ArgumentParser:
     table.set_defaults(run=command_table)
     table.add_argument("files", nargs="+", type=Path)
     table.add_argument("--markdown", action="store_true")
+
+    model = commands.add_parser("model", help="what many cores would do, by counting; not measured")
+    model.set_defaults(run=command_model)
+    model.add_argument("--threads", nargs="+", type=int, default=[8, 32, 128], metavar="N")
+    model.add_argument("--markdown", action="store_true")
+    model.add_argument("--write", type=Path, help="put the tables between the marks of a document")
+    model.add_argument(
+        "--measure", action="store_true", help="take a barrier's cost from two cores"
+    )
+
+    extra = commands.add_parser(
+        "extras", help="scaling, uneven lengths, memory, and what a call costs beside its kernel"
+    )
+    extra.set_defaults(run=command_extras)
+    extra.add_argument("--rounds", type=int, default=9)
+    extra.add_argument("--markdown", action="store_true")
+    extra.add_argument("--out", type=Path, help="a file that gets the table, too")
 
     listing = commands.add_parser("list", help="name every shape and its sets")
     listing.set_defaults(run=command_list)

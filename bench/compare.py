@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,12 @@ from .shapes import Shape
 AGREEMENT = 0.05  # ours entered twice: medians further apart than this make a row noisy
 AGAIN = " again"  # marks the second entry of ours
 LEAST_ROUNDS, PATIENCE = 3, 4  # on a busy machine: stop after 4 budgets, but not before 3 rounds
-MIN_SAMPLE = 2e-3  # seconds; shorter calls are timed many at once
+MIN_SAMPLE = 1e-2  # seconds; shorter calls are timed many at once
 QUIET_SLICE, QUIET_CPU, QUIET_USUAL, QUIET_MOST = 2e-3, 3e-4, 0.01, 0.1
+
+
+# what `--engine all` lays beside the choice of the library
+ALL = ("packed", "direct", "serial", "batch", "units")
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ class Comparison:
             self.ours = type("StandIn", (kind,), {"name": f"{ours} as ours"})
             self.frozen = None
         elif engine == "all":
-            self.peers += [peers_module.forced(kind) for kind in ("packed", "direct")]
+            self.peers += [peers_module.forced(kind) for kind in ALL]
         elif engine != "auto":
             self.ours = peers_module.forced(engine)
             self.frozen = peers_module.forced(engine, RnnfastFrozen)
@@ -198,13 +202,16 @@ class Comparison:
         """Everyone who can and whose results are right, ours first; the rest is left out."""
         shape = problem.shape
         baseline = self.everyone["torch loop" if shape.cell == "indrnn" else "torch.nn"]
-        reference = baseline(problem, self.threads).results()
+        exact = Problem(replace(shape, dtype="float32"))
+        reference = baseline(exact, self.threads).results()
         ours: list[type[Peer]] = [self.ours, self.frozen] if self.frozen else [self.ours]
         found: dict[str, Peer] = {}
         for kind in [*ours, *self.peers]:
+            if shape.dtype == "float32" and "float32" not in kind.dtypes:
+                continue  # there for other shapes only
             try:
                 peer = kind(problem, self.threads)
-                fault = difference(peer.results(), reference)
+                fault = difference(peer.results(), reference, shape.dtype)
                 if fault:
                     self.wrong.append(f"{shape.name}: {kind.name}: {fault}")
                     raise CantRun(f"{shape.name}: wrong result: {fault}")

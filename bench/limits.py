@@ -165,7 +165,9 @@ class Limits:
         """The least time that a call of this shape can take here, by operations or by bytes."""
         working_set = shape.recurrent_bytes() if shape.T > 1 else shape.weight_bytes()
         reading = shape.read_bytes() / self.bandwidth(working_set)
-        return 1e3 * max(shape.flops() / self.peak, reading)
+        # the peak is that of float32: with fewer bits a processor may do more
+        adding = shape.flops() / self.peak if shape.dtype == "float32" else 0.0
+        return 1e3 * max(adding, reading)
 
     def describe(self) -> dict[str, Any]:
         """For the head of a result file."""

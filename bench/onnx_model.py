@@ -18,10 +18,18 @@ def reorder(weight: np.ndarray, cell: str) -> np.ndarray:
     return np.concatenate([gates[k] for k in ORDER[cell]])
 
 
-def build(problem: Problem) -> bytes:
+def bytes_of(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 numbers (D, K, rows) of weights (D, rows, K), and the scale of each row (D, rows)."""
+    scale = np.abs(stack).max(2) / 127
+    numbers = np.rint(stack / scale[..., None]).astype(np.int8)
+    return numbers.transpose(0, 2, 1), scale.astype(np.float32)
+
+
+def build(problem: Problem, int8: bool = False) -> bytes:
     """A serialised model: inputs x, then lengths when packed, h0 (and c0) when streaming.
 
-    Outputs: y (T, B, D*H), then h_n (and c_n) of one-layer models.
+    Outputs: y (T, B, D*H), then h_n (and c_n) of one-layer models. ``int8``: ONNX Runtime's own
+    DynamicQuantizeLSTM in place of LSTM.
     """
     onnx: Any = importlib.import_module("onnx")
     helper, numpy_helper, types = onnx.helper, onnx.numpy_helper, onnx.TensorProto
@@ -56,16 +64,28 @@ def build(problem: Problem) -> bytes:
             stacks["W"].append(part["weight_ih"])
             stacks["R"].append(part["weight_hh"])
             stacks["B"].append(np.concatenate([part["bias_ih"], part["bias_hh"]]))
-        names = [constant(f"{key}{layer}", np.stack(value)) for key, value in stacks.items()]
+        tables = {key: np.stack(value) for key, value in stacks.items()}
+        scales: list[str] = []
+        for key in ("W", "R") if int8 else ():
+            tables[key], scale = bytes_of(tables[key])
+            scales.append(constant(f"{key}_scale{layer}", scale))
+            scales.append(constant(f"{key}_zero{layer}", np.zeros(scale.shape, np.int8)))
+        names = [constant(f"{key}{layer}", value) for key, value in tables.items()]
         names.append("lengths" if s.packed else "")
         if problem.has_state:
             names += [f"{name}0" for name in states]
+        if int8:
+            names += [""] * (7 - len(names)) + scales  # the last of the 7: peepholes
         attributes: dict[str, Any] = {"hidden_size": s.H}
         attributes["direction"] = "bidirectional" if s.bidirectional else "forward"
         if s.cell == "gru":
             attributes["linear_before_reset"] = 1
         outputs = [f"raw{layer}", *(f"{name}_n{layer}" for name in states)]
-        nodes.append(helper.make_node(s.cell.upper(), [below, *names], outputs, **attributes))
+        kind = s.cell.upper()
+        if int8:
+            kind = f"DynamicQuantize{kind}"
+            attributes["domain"] = "com.microsoft"
+        nodes.append(helper.make_node(kind, [below, *names], outputs, **attributes))
         below = "y" if layer == s.layers - 1 else f"y{layer}"
         if s.bidirectional:  # (T, D, B, H) -> (T, B, D*H)
             turned = f"turned{layer}"
@@ -81,6 +101,8 @@ def build(problem: Problem) -> bytes:
             results.append(helper.make_tensor_value_info(f"{name}_n0", types.FLOAT, shape))
     graph = helper.make_graph(nodes, s.name, inputs, results, constants)
     opsets = [helper.make_opsetid("", 17)]
+    if int8:
+        opsets.append(helper.make_opsetid("com.microsoft", 1))
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     onnx.checker.check_model(model)
     return model.SerializeToString()

@@ -27,6 +27,11 @@ ENGINES: dict[str, dict[str, str]] = {
     "reference": {"name": "reference"},
     "packed": {"name": "cpu", "kernel": "packed"},
     "direct": {"name": "cpu", "kernel": "direct"},
+    "serial": {"name": "cpu", "split": "serial"},
+    "batch": {"name": "cpu", "split": "batch"},
+    "units": {"name": "cpu", "split": "units"},
+    "amx": {"name": "cpu", "isa": "amx"},
+    "avx512_bf16": {"name": "cpu", "isa": "avx512_bf16"},
     "avx512": {"name": "cpu", "isa": "avx512"},
     "avx2": {"name": "cpu", "isa": "avx2"},
     "neon": {"name": "cpu", "isa": "neon"},
@@ -53,6 +58,7 @@ class Peer:
     against_frozen = False  # weights prepacked before the first call, as ours are in a frozen layer
     modes: tuple[str, ...] = ("streaming", "inference", "training")
     cells: tuple[str, ...] = ("lstm", "gru", "rnn")
+    dtypes: tuple[str, ...] = ("float32",)
     call: Callable[[], Any]
 
     def __init__(self, problem: Problem, threads: int) -> None:
@@ -62,7 +68,7 @@ class Peer:
             raise CantRun(f"no {shape.mode}")
         if shape.cell not in self.cells:
             raise CantRun(f"no {shape.cell}")
-        if shape.dtype != "float32":
+        if shape.dtype not in self.dtypes:
             raise CantRun(f"no {shape.dtype}")
         self.build(threads)
 
@@ -78,24 +84,42 @@ class Peer:
 class TorchModule(Peer):
     """Anything with torch.nn's calling convention."""
 
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
     module: nn.Module
 
     def make_module(self) -> nn.Module:
         raise NotImplementedError
+
+    def finish(self, module: nn.Module) -> nn.Module:
+        """The module that is called, from the one that has the weights."""
+        return module.to(self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of input and states."""
+        return torch.bfloat16 if self.problem.shape.dtype == "bfloat16" else torch.float32
+
+    def hx(self) -> Any:
+        hx: Any = self.problem.hx()
+        if isinstance(hx, tuple):
+            return tuple(state.to(self.dtype) for state in hx)
+        return hx if hx is None else hx.to(self.dtype)
 
     def build(self, threads: int) -> None:
         torch.set_num_threads(threads)
         problem, shape = self.problem, self.problem.shape
         self.module = self.make_module()
         self.module.load_state_dict(problem.weights)
-        module, hx = self.module, problem.hx()
-        x: Any = problem.pack(problem.x) if shape.packed else problem.x
+        self.module = self.finish(self.module)
+        module, hx = self.module, self.hx()
+        numbers = problem.x.to(self.dtype)
+        x: Any = problem.pack(numbers) if shape.packed else numbers
         if shape.mode == "training":
             module.train()
             leaf = (x.data if shape.packed else x).clone().requires_grad_()
             x = x._replace(data=leaf) if shape.packed else leaf
             wanted = [leaf, *module.parameters()]
-            dy = problem.pack(problem.dy).data if shape.packed else problem.dy
+            dy = (problem.pack(problem.dy).data if shape.packed else problem.dy).to(self.dtype)
 
             def train() -> Any:
                 y = module(x, hx)[0]
@@ -128,7 +152,7 @@ class TorchModule(Peer):
             found = {"y": problem.pad(y.data) if problem.shape.packed else y}
             states = state if isinstance(state, tuple) else (state,)
             found |= dict(zip(("h_n", "c_n"), states, strict=False))
-        return {name: value.numpy() for name, value in found.items()}
+        return {name: value.float().numpy() for name, value in found.items()}
 
 
 class TorchNN(TorchModule):
@@ -167,9 +191,10 @@ class TorchCell(TorchModule):
         problem = self.problem
         cell = self.make_module()
         cell.load_state_dict({name[:-3]: value for name, value in problem.weights.items()})
-        cell.eval().requires_grad_(False)
-        hx: Any = problem.hx()
-        x, state = problem.x[0], tuple(h[0] for h in hx) if isinstance(hx, tuple) else hx[0]
+        cell.to(self.dtype).eval().requires_grad_(False)
+        hx = self.hx()
+        x = problem.x[0].to(self.dtype)
+        state = tuple(h[0] for h in hx) if isinstance(hx, tuple) else hx[0]
 
         def step() -> Any:
             with torch.inference_mode():
@@ -180,7 +205,8 @@ class TorchCell(TorchModule):
     def results(self) -> Results:
         out = self.call()
         states = out if isinstance(out, tuple) else (out,)
-        found = {name: h[None].numpy() for name, h in zip(("h_n", "c_n"), states, strict=False)}
+        pairs = zip(("h_n", "c_n"), states, strict=False)
+        found = {name: h[None].float().numpy() for name, h in pairs}
         return {"y": found["h_n"], **found}
 
 
@@ -219,6 +245,7 @@ class TorchLoop(TorchModule):
 
     name = "torch loop"
     package = "torch"
+    dtypes = ("float32",)
     cells = ("indrnn",)
 
     def make_module(self) -> nn.Module:
@@ -234,6 +261,7 @@ class Rnnfast(TorchModule):
     name = "rnnfast"
     package = "rnnfast"
     cells = ("lstm", "gru", "rnn", "indrnn")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "int8")
     engine = "auto"
 
     def make_module(self) -> nn.Module:
@@ -248,8 +276,35 @@ class Rnnfast(TorchModule):
         )
         return layer
 
+    def finish(self, module: nn.Module) -> nn.Module:
+        if self.problem.shape.dtype == "int8":
+            quantized: nn.Module = need("rnnfast").quantize(module)
+            return quantized
+        return super().finish(module)
+
     def prepare(self) -> None:
-        """Hook for what happens once, before the first call."""
+        """What happens once, before the first call; int8 layers have no plain form, and stream."""
+        if self.problem.shape.dtype == "int8":
+            self.stream()
+
+    def stream(self) -> None:
+        """Single steps by layer.step(), which is what the library has for streams."""
+        if self.problem.shape.mode != "streaming":
+            return
+        module: Any = self.module
+        x, hx = self.problem.x[0].to(self.dtype), self.hx()
+
+        def step() -> Any:
+            with torch.inference_mode():
+                return module.step(x, hx)
+
+        self.call = step
+
+    def results(self) -> Results:
+        found = super().results()
+        if found["y"].ndim == 2:
+            found["y"] = found["y"][None]
+        return found
 
     def build(self, threads: int) -> None:
         if self.engine == "auto":
@@ -281,13 +336,16 @@ class Rnnfast(TorchModule):
 
 
 class RnnfastFrozen(Rnnfast):
-    """Ours after layer.freeze(): weights packed once, as by the peers that compile a model."""
+    """Ours after layer.freeze(): weights packed once, as by the peers that compile a model; single
+    steps by layer.step(), which is what the library has for streams."""
 
     name = "rnnfast frozen"
+    dtypes = ("float32", "bfloat16")  # int8 weights are packed once by themselves
     modes = ("streaming", "inference")
 
     def prepare(self) -> None:
         self.module.freeze()  # type: ignore[operator]
+        self.stream()
 
 
 class OnnxRuntime(Peer):
@@ -298,6 +356,9 @@ class OnnxRuntime(Peer):
     against_frozen = True
     modes = ("streaming", "inference")
 
+    def model(self) -> bytes:
+        return onnx_model.build(self.problem)
+
     def build(self, threads: int) -> None:
         ort = need("onnxruntime")
         need("onnx")
@@ -306,8 +367,7 @@ class OnnxRuntime(Peer):
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3
-        model = onnx_model.build(self.problem)
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(self.model(), options, providers=["CPUExecutionProvider"])
         binding = session.io_binding()
         for name, array in onnx_model.feeds(self.problem).items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
@@ -372,8 +432,10 @@ class OpenVino(Peer):
 def peer_classes() -> dict[str, type[Peer]]:
     """Everyone that ours is compared with, by name, in the order of the tables."""
     from .jax_peer import Jax
+    from .small_peers import SMALL
 
     classes: list[type[Peer]] = [TorchNN, TorchCell, TorchLoop, Jax, OnnxRuntime, OpenVino]
+    classes += SMALL
     return {peer.name: peer for peer in classes}
 
 

@@ -228,11 +228,13 @@ def draw(source: Path, folder: Path) -> list[Path]:
     results = load(source)
     folder.mkdir(parents=True, exist_ok=True)
     lines = lines_of(results["rows"])
-    groups = {"": results["rows"]}
+    plain = [row for row in results["rows"] if row["dtype"] == "float32"]
+    groups = {"": plain}
     if len(lines) > 40:
-        groups = {
-            f"-{mode}": [row for row in results["rows"] if row["mode"] == mode] for mode in MODES
-        }
+        groups = {f"-{mode}": [row for row in plain if row["mode"] == mode] for mode in MODES}
+    for dtype in dict.fromkeys(row["dtype"] for row in results["rows"]):
+        if dtype != "float32":
+            groups[f"-{dtype}"] = [row for row in results["rows"] if row["dtype"] == dtype]
     written = []
     with plt.rc_context(FONT):
         for suffix, rows in groups.items():

@@ -11,6 +11,8 @@ from typing import Any
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1, "indrnn": 1}
 MODES = ("streaming", "inference", "training")
+# bytes of a weight; int8: float32 layers with int8 weights
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,20 @@ class Shape:
         forward = 2.0 * steps * GATES[self.cell] * self.H * columns * self.directions
         return forward * (3 if self.mode == "training" else 1)
 
+    @property
+    def _weight(self) -> int:
+        return WEIGHT_BYTES[self.dtype]
+
     def weight_bytes(self) -> int:
         """Bytes of W_ih and W_hh of all layers and directions: the working set of one call."""
         recurrent = 1 if self.cell == "indrnn" else self.H
         columns = sum(size + recurrent for size in self.layer_inputs())
-        return 4 * GATES[self.cell] * self.H * columns * self.directions
+        return self._weight * GATES[self.cell] * self.H * columns * self.directions
 
     def recurrent_bytes(self) -> int:
         """Bytes of W_hh of one layer and direction: the working set of one step."""
-        return 4 * GATES[self.cell] * self.H * (1 if self.cell == "indrnn" else self.H)
+        recurrent = 1 if self.cell == "indrnn" else self.H
+        return self._weight * GATES[self.cell] * self.H * recurrent
 
     def read_bytes(self) -> float:
         """Bytes of weights that must be read: W_hh every step and W_ih once.
@@ -133,6 +140,11 @@ FULL: list[Shape] = [
     *_shapes(_GATED, "training", (100, 16, 256), layers=2),
     *_shapes(_DENSE, "training", (100, 32, 256), packed=True),
     *_shapes("indrnn", "training", (50, 32, 256), (1000, 16, 128)),
+    # fewer bits: half and a quarter of the bytes, and instructions of their own
+    *_shapes(_GATED, "streaming", (1, 1, 512), dtype="bfloat16"),
+    *_shapes(_GATED, "inference", (100, 1, 512), (50, 32, 256), (100, 64, 512), dtype="bfloat16"),
+    *_shapes(_GATED, "streaming", (1, 1, 512), dtype="int8"),
+    *_shapes(_GATED, "inference", (100, 1, 512), (100, 16, 256), (100, 64, 512), dtype="int8"),
 ]
 
 README: list[Shape] = [

@@ -44,7 +44,11 @@ class Line:
     @property
     def best_peer(self) -> tuple[str, float] | None:
         """The peer that comes closest to us, or leads us most."""
-        rivals = {name: ratio for name, ratio in self.ratios.items() if "[" not in name}
+        rivals = {
+            name: ratio
+            for name, ratio in self.ratios.items()
+            if "[" not in name and not name.startswith("rnnfast")
+        }
         return min(rivals.items(), key=lambda item: item[1]) if rivals else None
 
 
@@ -136,18 +140,26 @@ def shape_table(lines: list[Line], markdown: bool) -> str:
     return render(head, body, markdown)
 
 
+def group_of(line: Line) -> str:
+    """The cell, with its dtype where that is not float32: those are means of their own."""
+    shape = line.shape
+    return shape.cell if shape.dtype == "float32" else f"{shape.cell} {shape.dtype}"
+
+
 def summary_table(lines: list[Line], markdown: bool) -> str:
     """Geometric mean and, in brackets, the least ratio to each peer, by mode and cell."""
     names = peer_names(lines)
     head = ["mode", "cell", "shapes", *names, "best peer", "at", "of limit"]
     body = []
     for mode in MODES:
-        cells = list(dict.fromkeys(line.shape.cell for line in lines if line.shape.mode == mode))
-        for cell in [*cells, "all"] if len(cells) > 1 else cells:
+        here = [line for line in lines if line.shape.mode == mode]
+        cells = list(dict.fromkeys(group_of(line) for line in here))
+        plain = [cell for cell in cells if cell in GATES]  # float32
+        for cell in [*plain, *["all"] * (len(plain) > 1), *(c for c in cells if c not in plain)]:
             group = [
                 line
-                for line in lines
-                if line.shape.mode == mode and cell in (line.shape.cell, "all")
+                for line in here
+                if cell == group_of(line) or (cell == "all" and group_of(line) in plain)
             ]
             row = [mode, cell, str(len(group))]
             for name in names:
@@ -174,7 +186,7 @@ def caption(header: Row) -> str:
     peak = header["limits"]["peak_gflops"]
     threads = f"{header['threads']} thread" + "s" * (header["threads"] != 1)
     return (
-        f"{header['cpu']}, {threads}, float32, {header['date'][:10]}, "
+        f"{header['cpu']}, {threads}, float32 if not said, {header['date'][:10]}, "
         f"commit {header['commit']}; peak {peak:.0f} GFLOP/s; {versions}"
     )
 
@@ -191,10 +203,11 @@ def report(results: Row, markdown: bool = False) -> str:
     if lines:
         parts.append(title.format("geometric means") + "\n\n" + summary_table(lines, markdown))
     parts.append(
-        "Peers: their time over ours, above 1 we are faster; onnxruntime and openvino against our\n"
-        "frozen layer, the others against the plain one. GFLOP/s and share of the limit: frozen\n"
-        "where there is one. Summary: geometric mean, in brackets the least; best peer: the\n"
-        "fastest at each shape, and the shape where it does best."
+        "Peers: their time over ours, above 1 we are faster; onnxruntime, openvino and rnnfast\n"
+        "float32 (ours in more bits) against our frozen layer, the others against the plain one;\n"
+        "int8: all against the quantized layer. GFLOP/s and share of the limit: frozen where\n"
+        "there is one. Summary: geometric mean, in brackets the least; best peer: the fastest at\n"
+        "each shape, and the shape where it does best."
     )
     if any(line.noisy for line in lines):
         allowed = percent(results["header"]["agreement"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ CASES = [
     Shape("rnn", "inference", 7, 5, 20, packed=True),
     Shape("gru", "training", 7, 5, 20, packed=True),
     Shape("indrnn", "inference", 7, 3, 20, layers=2),
+    Shape("lstm", "streaming", 1, 3, 33, dtype="bfloat16"),
+    Shape("gru", "inference", 7, 3, 20, packed=True, dtype="bfloat16"),
+    Shape("rnn", "training", 7, 3, 20, dtype="bfloat16"),
+    Shape("lstm", "streaming", 1, 3, 33, dtype="int8"),
+    Shape("lstm", "inference", 7, 5, 20, bidirectional=True, dtype="int8"),
+    Shape("gru", "inference", 7, 3, 20, layers=2, dtype="int8"),
 ]
 
 
@@ -42,13 +49,28 @@ CASES = [
 @pytest.mark.parametrize("shape", CASES, ids=lambda shape: shape.name)
 def test_results_agree_with_torch(shape: Shape, kind: type[Peer]) -> None:
     problem = Problem(shape)
-    baseline = KINDS["torch loop" if shape.cell == "indrnn" else "torch.nn"](problem, 1)
+    exact = Problem(replace(shape, dtype="float32"))
+    baseline = KINDS["torch loop" if shape.cell == "indrnn" else "torch.nn"](exact, 1)
     try:
         peer = kind(problem, 1)
     except CantRun as reason:
         pytest.skip(str(reason))
-    fault = difference(peer.results(), baseline.results())
+    fault = difference(peer.results(), baseline.results(), shape.dtype)
     assert fault is None, fault
+
+
+def test_fewer_bits_have_peers() -> None:
+    """Who can run what: nobody is left out of these without a word."""
+    able = {
+        (shape.cell, shape.dtype, name)
+        for shape in CASES
+        for name, kind in KINDS.items()
+        if shape.dtype in kind.dtypes and shape.cell in kind.cells and shape.mode in kind.modes
+    }
+    assert ("lstm", "int8", "onnxruntime int8") in able and ("gru", "int8", "torch int8") in able
+    assert ("gru", "int8", "onnxruntime float32") in able
+    assert ("gru", "bfloat16", "torch.nn") in able
+    assert ("gru", "bfloat16", "rnnfast float32") in able
 
 
 def test_a_wrong_result_is_told() -> None:
@@ -65,6 +87,11 @@ def test_flops_and_bytes() -> None:
     assert lstm.flops() == 2 * 100 * 4 * 512 * 1024
     assert lstm.weight_bytes() == 4 * 4 * 512 * 1024
     assert lstm.read_bytes() == 4 * 4 * 512 * 512 * 101
+    for dtype, share in (("bfloat16", 2), ("int8", 4)):
+        fewer = replace(lstm, dtype=dtype)
+        assert fewer.flops() == lstm.flops()
+        assert share * fewer.weight_bytes() == lstm.weight_bytes()
+        assert share * fewer.read_bytes() == lstm.read_bytes()
     assert Shape("lstm", "training", 100, 1, 512).flops() == 3 * lstm.flops()
     deep = Shape("gru", "inference", 10, 4, 8, I=5, layers=2, bidirectional=True)
     assert deep.flops() == 2 * 40 * 3 * 8 * 2 * ((5 + 8) + (16 + 8))
