@@ -1,11 +1,10 @@
-"""The one generator of cases, the ways to run them, and the tolerance rule."""
+"""The one generator of cases, and the ways to run them."""
 
 from __future__ import annotations
 
 import random
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 import oracle
 import torch
 from pairwise import pairwise
+from tolerance import Peer, Tensors, last_bits, nearby
 from torch import Tensor
 
 import rnnfast
@@ -58,8 +58,6 @@ PROJECTED: dict[str, Sequence[Any]] = {
     "input_size": (5, 16),
     "packed": (False, True),
 }
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -383,89 +381,6 @@ def run_rnnfast(problem: Problem) -> Tensors:
     return {k: v.detach() for k, v in outputs.items()} | grads
 
 
-# --------------------------------------------------------------------------- the tolerance rule
-
-
-def biggest(t: Tensor) -> float:
-    return float(t.abs().max()) if t.numel() else 0.0
-
-
-# How many float32 tensors were judged, and how often the peer had to be asked again.
-VERDICTS: Counter[str] = Counter()
-
-
-class Peer(dict[str, Tensor]):
-    """What the peer computed, and how to make it compute again with noise in the last bits.
-
-    Rounding is chance: torch.nn's error in a small tensor may be nearly nothing by luck. Where
-    ours is over the bound, the peer is run again on inputs that differ by less than a rounding,
-    and its largest error counts. What is less accurate in earnest stays over it.
-    """
-
-    DRAWS = 8  # at 4, two tensors of a hundred cells' exceed the bound on one processor by chance
-
-    def __init__(self, first: Tensors, redraw: Callable[[int], Tensors]) -> None:
-        super().__init__(first)
-        self._redraw = redraw
-        self._more: list[Tensors] = []
-
-    def draws(self) -> list[Tensors]:
-        if not self._more:
-            self._more = [self._redraw(seed) for seed in range(self.DRAWS)]
-        return [self, *self._more]
-
-
-def last_bits(value: Tensor, gen: torch.Generator) -> Tensor:
-    """The same numbers to within one rounding."""
-    noise = torch.rand(value.shape, generator=gen, dtype=value.dtype) * 2 - 1
-    return value.detach() * (1 + torch.finfo(value.dtype).eps * noise)
-
-
-def bound(name: str, peers: Sequence[Tensors], ref: Tensor, dtype: torch.dtype) -> float:
-    """How far from ``ref`` (float64) a result in ``dtype`` may be, as max |difference|.
-
-    float64: 1e-10 relative. float32: twice the error of the peer in the same dtype, and four
-    roundings of the largest value. The peer is torch.nn, or the oracle for a cell that it lacks.
-    """
-    scale = biggest(ref)
-    if dtype == torch.float64:
-        return 1e-10 * scale
-    assert peers, f"{name}: float32 needs a peer"
-    peer_error = max(biggest(peer[name].double() - ref) for peer in peers)
-    # A peer that is wrong would make the rule pass anything.
-    assert peer_error <= 1e-4 * scale + 1e-30, f"{name}: the peer itself is off by {peer_error}"
-    return 2 * peer_error + 4 * torch.finfo(dtype).eps * scale
-
-
-def check_tensor(
-    name: str, ours: Tensor, peer: Tensors | None, ref: Tensor, dtype: torch.dtype
-) -> None:
-    """The rule for one tensor; a Peer is asked again before ours is called wrong."""
-    assert ours.shape == ref.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(ref.shape)}"
-    assert ours.dtype == dtype, f"{name}: {ours.dtype}, not {dtype}"
-    error = biggest(ours.double() - ref)
-    # NaN compares false, and so fails.
-    VERDICTS["tensors"] += dtype == torch.float32
-    if error <= (allowed := bound(name, [] if peer is None else [peer], ref, dtype)):
-        return
-    if isinstance(peer, Peer):
-        VERDICTS["asked again"] += 1
-        allowed = bound(name, peer.draws(), ref, dtype)
-    assert error <= allowed, f"{name}: off by {error:.3g}, {allowed:.3g} allowed"
-
-
-def check(ours: Tensors, peer: Tensors | None, ref: Tensors, dtype: torch.dtype) -> None:
-    """The rule for every tensor; all that break it are named."""
-    assert ours.keys() == ref.keys()
-    broken = []
-    for name in ref:
-        try:
-            check_tensor(name, ours[name], peer, ref[name], dtype)
-        except AssertionError as error:
-            broken.append(str(error))
-    assert not broken, "; ".join(broken)
-
-
 def is_taken(split: str, run: Any) -> bool:
     """Whether a run of the engine divides its work so, with that split forced: a busy machine may
     give one thread only, for a while."""
@@ -483,11 +398,15 @@ def run_peer(problem: Problem) -> Tensors:
     return run_torch(problem) or run_oracle(problem, problem.case.dtype)
 
 
-def run_peer_again(problem: Problem, seed: int) -> Tensors:
+def moved(problem: Problem, move: Callable[[Tensor], Tensor]) -> Problem:
+    inputs = {k: None if v is None else move(v) for k, v in problem.inputs.items()}
+    return Problem(problem.case, inputs, {k: move(v) for k, v in problem.cotangents.items()})
+
+
+def run_peer_nearby(problem: Problem, seed: int) -> tuple[Tensors, Tensors]:
     gen = torch.Generator().manual_seed(seed)
-    inputs = {k: None if v is None else last_bits(v, gen) for k, v in problem.inputs.items()}
-    cotangents = {k: last_bits(v, gen) for k, v in problem.cotangents.items()}
-    return run_peer(Problem(problem.case, inputs, cotangents))
+    neighbour = moved(problem, partial(nearby, gen=gen, seed=seed))
+    return run_peer(moved(neighbour, partial(last_bits, gen=gen))), run_oracle(neighbour)
 
 
 _references: dict[Case, tuple[Problem, Tensors, Peer | None]] = {}
@@ -499,20 +418,10 @@ def solved(case: Case) -> tuple[Problem, Tensors, Peer | None]:
         problem = build(case)
         peer = None
         if case.dtype == torch.float32:
-            peer = Peer(run_peer(problem), partial(run_peer_again, problem))
+            peer = Peer(run_peer(problem), partial(run_peer_nearby, problem))
         _references[case] = problem, run_oracle(problem), peer
     return _references[case]
 
 
 def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().clone() for t in tensors]
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal in every bit: shape, dtype, sign of zero and NaN included."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    view = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.contiguous().view(view), b.contiguous().view(view))

@@ -8,8 +8,8 @@ import logging
 import pickle
 from typing import Any
 
-import cases
 import pytest
+import tolerance
 import torch
 from torch import Tensor, nn
 
@@ -108,7 +108,7 @@ def test_state_dict_is_unchanged() -> None:
     rnnfast.accelerate(model)
     after = model.state_dict()
     assert list(after) == list(before)
-    assert all(cases.same_bits(after[k], before[k]) for k in before)
+    assert all(tolerance.same_bits(after[k], before[k]) for k in before)
     Tagger().load_state_dict(after)
     model.load_state_dict(Tagger().state_dict())
 
@@ -122,7 +122,7 @@ def test_restore_undoes_it(tokens: Tensor) -> None:
     assert rnnfast.restore(model) is model
     assert {name: type(m) for name, m in model.named_modules()} == types
     assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
-    assert cases.same_bits(model(tokens).detach(), want.detach())
+    assert tolerance.same_bits(model(tokens).detach(), want.detach())
 
 
 def test_restore_after_copying(tokens: Tensor) -> None:
@@ -130,7 +130,7 @@ def test_restore_after_copying(tokens: Tensor) -> None:
     want = model(tokens)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(twin.lstm) is rnnfast.LSTM
-        assert cases.same_bits(twin(tokens).detach(), want.detach())
+        assert tolerance.same_bits(twin(tokens).detach(), want.detach())
         rnnfast.restore(twin)
         assert type(twin.lstm) is nn.LSTM
         torch.testing.assert_close(twin(tokens), want, rtol=1e-5, atol=1e-6)
@@ -262,7 +262,7 @@ def test_flattened_parameters_get_storage_of_their_own(how: Any) -> None:
     rnnfast.accelerate(nn.Sequential(layer))
     for name, p in layer.named_parameters():
         assert id(p) == objects[name][0]
-        assert cases.same_bits(p.detach(), objects[name][1])
+        assert tolerance.same_bits(p.detach(), objects[name][1])
         assert p.untyped_storage().nbytes() == p.numel() * p.element_size()
         assert p.storage_offset() == 0 and p.requires_grad and p.is_leaf
     y = layer(x)[0]

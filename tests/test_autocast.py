@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import cases
 import pytest
+import tolerance
 import torch
-from cases import biggest
 from test_half import LAYERS, _tensors, bf16, halves
+from tolerance import biggest
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -45,7 +45,7 @@ def test_autocast_is_a_16_bit_layer_with_float32_parameters(name: str, dtype: to
     assert all(g.dtype == torch.float32 for g in grads)
     half = copy.deepcopy(module).to(dtype)
     want, want_grads = _run(half, x.to(dtype), None)
-    assert all(cases.same_bits(a, b) for a, b in zip(outs, want, strict=True))
+    assert all(tolerance.same_bits(a, b) for a, b in zip(outs, want, strict=True))
     assert all(torch.equal(a, b.float()) for a, b in zip(grads, want_grads, strict=True))
     # and near float32's
     plain, plain_grads = _run(module, x, None)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import cases
 import oracle
 import pytest
+import tolerance
 import torch
 from cases import Case
 
@@ -33,7 +34,7 @@ def test_two_runs_are_equal_bit_for_bit(case: Case, kernel: str | None, threads:
         cases.run_rnnfast(cases.solved(Case("lstm", 3, 13, 7, 77, case.dtype))[0])
         second = cases.run_rnnfast(problem)
     for name in first:
-        assert cases.same_bits(first[name], second[name]), name
+        assert tolerance.same_bits(first[name], second[name]), name
 
 
 CUTS = [
@@ -72,8 +73,10 @@ def test_a_sequence_cut_in_two(case: Case, kernel: str, threads: int) -> None:
         for cut in {1, case.seq_len // 2, case.seq_len - 1}:
             y1, h, c = forward(x[:cut], h0, c0)
             y2, h, c = forward(x[cut:], h, c if case.cell == "lstm" else None)
-            assert cases.same_bits(torch.cat([y1, y2]), y), f"y, cut at {cut}"
-            assert cases.same_bits(h, h_n) and cases.same_bits(c, c_n), f"state, cut at {cut}"
+            assert tolerance.same_bits(torch.cat([y1, y2]), y), f"y, cut at {cut}"
+            assert tolerance.same_bits(h, h_n) and tolerance.same_bits(c, c_n), (
+                f"state, cut at {cut}"
+            )
 
 
 @pytest.mark.parametrize("cell", oracle.CELLS)
@@ -96,11 +99,11 @@ def test_layer_streamed_step_by_step(cell: str) -> None:
             for t in range(9):
                 y, state = layer(x[t : t + 1], state)
                 steps.append(y)
-        assert cases.same_bits(torch.cat(steps), want)
+        assert tolerance.same_bits(torch.cat(steps), want)
         for a, b in zip(
             state if cell == "lstm" else [state], last if cell == "lstm" else [last], strict=True
         ):
-            assert cases.same_bits(a, b)
+            assert tolerance.same_bits(a, b)
 
 
 @pytest.mark.parametrize("case", cases.small_cases()[::2], ids=str)
@@ -117,7 +120,7 @@ def test_saving_for_backward_changes_no_bit(case: Case) -> None:
             )
         assert dropped[3].shape == (0,)
         for a, b in zip(kept[:3], dropped[:3], strict=True):
-            assert cases.same_bits(a, b)
+            assert tolerance.same_bits(a, b)
 
 
 @pytest.mark.parametrize("case", [c for c in cases.small_cases() if not c.packed], ids=str)
@@ -131,8 +134,8 @@ def test_a_batch_computed_as_packed(case: Case) -> None:
     y, h_n, _, _ = torch.ops.rnnfast.forward(
         rows, *args[1:8], sizes, None, None, oracle.CELL_IDS[case.cell], case.reverse, True
     )
-    cases.check_tensor("y", y.detach().view_as(even["y"]), peer, ref["y"], case.dtype)
-    cases.check_tensor("h_n", h_n.detach(), peer, ref["h_n"], case.dtype)
+    tolerance.check_tensor("y", y.detach().view_as(even["y"]), peer, ref["y"], case.dtype)
+    tolerance.check_tensor("h_n", h_n.detach(), peer, ref["h_n"], case.dtype)
 
 
 def test_threads_change_no_more_than_rounding() -> None:
@@ -140,4 +143,4 @@ def test_threads_change_no_more_than_rounding() -> None:
     problem, ref, _ = cases.solved(case)
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
-        cases.check(cases.run_rnnfast(problem), None, ref, case.dtype)
+        tolerance.check(cases.run_rnnfast(problem), None, ref, case.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 
 import cases
 import pytest
+import tolerance
 import torch
 from cases import Case
 from test_modules import leaves_of
@@ -49,7 +50,7 @@ def test_the_same_bits_both_ways(make: Any, monkeypatch: pytest.MonkeyPatch) -> 
     registered(monkeypatch)
     assert type(layer(x)[0].grad_fn).__name__ != name or layer.num_layers > 1
     for a, b in zip(short, gradients(layer, x), strict=True):
-        assert cases.same_bits(a.detach(), b.detach())
+        assert tolerance.same_bits(a.detach(), b.detach())
 
 
 @pytest.mark.parametrize("make", LAYERS)
@@ -105,7 +106,7 @@ def test_saved_tensors_hooks_and_checkpointing() -> None:
         got = gradients(layer, x)
     assert len(packed) > 5
     for a, b in zip(got, want, strict=True):
-        assert cases.same_bits(a.detach(), b.detach())
+        assert tolerance.same_bits(a.detach(), b.detach())
     z = x.clone().requires_grad_()
     for reentrant in (False, True):
         y = checkpoint(lambda one: layer(one)[0], z, use_reentrant=reentrant)
@@ -115,7 +116,7 @@ def test_saved_tensors_hooks_and_checkpointing() -> None:
             y.sum().backward()
             grad = z.grad
         (plain,) = torch.autograd.grad(layer(z)[0].sum(), z)
-        assert cases.same_bits(grad, plain)
+        assert tolerance.same_bits(grad, plain)
 
 
 def test_errors_as_before() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import cases
 import oracle
 import pytest
+import tolerance
 import torch
 from cases import Case
 
@@ -28,7 +29,7 @@ def run(case: Case, kernel: str | None = None) -> None:
         assert proof["engine"] == "cpu"
         assert proof["threads"] <= case.threads
         SPLITS[proof["split"]] += 1
-    cases.check(ours, peer, ref, case.dtype)
+    tolerance.check(ours, peer, ref, case.dtype)
 
 
 @pytest.mark.parametrize("case", ENGINE_CASES, ids=str)
@@ -79,10 +80,12 @@ def test_every_split_was_taken() -> None:
 
 def test_luck_is_called_upon_rarely() -> None:
     """Nearly every tensor meets the rule at torch.nn's first draw; the rest are chance."""
-    if cases.VERDICTS["tensors"] < 500:
+    if tolerance.VERDICTS["tensors"] < 500:
         for case in ENGINE_CASES[::2]:
             run(case)
-    assert cases.VERDICTS["asked again"] <= 0.02 * cases.VERDICTS["tensors"], cases.VERDICTS
+    assert tolerance.VERDICTS["asked again"] <= 0.02 * tolerance.VERDICTS["tensors"], (
+        tolerance.VERDICTS
+    )
 
 
 @pytest.mark.parametrize("case", ENGINE_CASES[1::3], ids=str)
@@ -98,7 +101,7 @@ def test_reference_engine(case: Case) -> None:
         outputs = functional_outputs(case, leaves)
     ours = {k: v.detach() for k, v in outputs.items()}
     ours |= cases._gradients(cases._pack_cotangents(problem), leaves, outputs)
-    cases.check(ours, None, ref, torch.float64)
+    tolerance.check(ours, None, ref, torch.float64)
 
 
 @pytest.mark.parametrize("case", [c for c in ENGINE_CASES if not c.reverse][::3], ids=str)
@@ -110,7 +113,7 @@ def test_functional(case: Case) -> None:
     outputs = functional_outputs(case, leaves)
     ours = {k: v.detach() for k, v in outputs.items()}
     ours |= cases._gradients(cases._pack_cotangents(problem), leaves, outputs)
-    cases.check(ours, peer, ref, case.dtype)
+    tolerance.check(ours, peer, ref, case.dtype)
 
 
 def functional_outputs(case: Case, leaves: cases.Tensors) -> cases.Tensors:
@@ -163,4 +166,4 @@ def check_cell(case: Case) -> None:
         outputs = {"y": h[None], "h_n": h}
     ours = {k: v.detach() for k, v in outputs.items()}
     ours |= cases._gradients(problem, leaves, outputs)
-    cases.check(ours, peer, ref, case.dtype)
+    tolerance.check(ours, peer, ref, case.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 
 import cases
 import pytest
+import tolerance
 import torch
 from test_modules import CELLS, LAYERS, leaves_of, pair
 from torch import Tensor, nn
@@ -350,7 +351,7 @@ def test_functional_refuses(what: str) -> None:
     kept = cases.clones(weights)
     with pytest.raises((RuntimeError, ValueError)):
         FUNCTIONAL_CALLS[what](weights)
-    assert all(cases.same_bits(a, b) for a, b in zip(weights, kept, strict=True))
+    assert all(tolerance.same_bits(a, b) for a, b in zip(weights, kept, strict=True))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -362,6 +363,6 @@ def test_a_failing_layer_call_changes_nothing(name: str) -> None:
         bad, hx = LAYER_CALLS[what](name == "LSTM")
         caught(lambda: layer(bad, hx))  # noqa: B023
     for a, b in zip(layer.parameters(), theirs.parameters(), strict=True):
-        assert cases.same_bits(a.detach(), b.detach())
+        assert tolerance.same_bits(a.detach(), b.detach())
     for a, b in zip(leaves_of(layer(x)), leaves_of(want), strict=True):
-        assert cases.same_bits(a.detach(), b.detach())
+        assert tolerance.same_bits(a.detach(), b.detach())

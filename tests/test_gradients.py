@@ -8,6 +8,7 @@ from typing import Any
 import cases
 import oracle
 import pytest
+import tolerance
 import torch
 from cases import Case
 from torch import Tensor
@@ -138,7 +139,7 @@ def test_only_the_gradients_asked_for(cell: str, wanted: tuple[str, ...]) -> Non
         grads = cases._gradients(problem, chosen, outputs)
     assert recorder.needs == [sum(NEEDS[name] for name in wanted)]
     for name, grad in grads.items():
-        cases.check_tensor(name, grad, None, ref[name], torch.float64)
+        tolerance.check_tensor(name, grad, None, ref[name], torch.float64)
 
 
 @pytest.mark.parametrize("case", [c for c in cases.small_cases() if c.state], ids=str)
@@ -158,7 +159,7 @@ def test_backward_op_fills_only_what_is_needed(case: Case) -> None:
         for other, grad in zip(order, grads, strict=True):
             if other == name:
                 shaped = grad.reshape(ref[f"d{name}"].shape)
-                cases.check_tensor(f"d{name}", shaped, peer, ref[f"d{name}"], case.dtype)
+                tolerance.check_tensor(f"d{name}", shaped, peer, ref[f"d{name}"], case.dtype)
             else:
                 assert grad.shape == (0,), f"{other} came back though only {name} was needed"
 
@@ -178,8 +179,8 @@ def test_state_gradients_without_a_state() -> None:
     grads = torch.ops.rnnfast.backward(
         given["y"], given["h_n"], given["c_n"][None], *args, y, saved, 0, False, 2 | 4
     )
-    cases.check_tensor("dh0", grads[1], None, ref["dh0"], torch.float64)
-    cases.check_tensor("dc0", grads[2][0], None, ref["dc0"], torch.float64)
+    tolerance.check_tensor("dh0", grads[1], None, ref["dh0"], torch.float64)
+    tolerance.check_tensor("dc0", grads[2][0], None, ref["dc0"], torch.float64)
 
 
 GRADIENT_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -209,7 +210,7 @@ def test_layout_of_incoming_gradients(cell: str, layout: str, packed: bool) -> N
         assert torch.equal(view, value) and view.stride() != value.stride()
     grads = torch.autograd.grad(outputs, list(leaves.values()), views)
     for name, grad in zip(leaves, grads, strict=True):
-        cases.check_tensor(f"d{name}", grad, None, ref[f"d{name}"], torch.float64)
+        tolerance.check_tensor(f"d{name}", grad, None, ref[f"d{name}"], torch.float64)
 
 
 def test_sum_backward_through_the_layer() -> None:
@@ -233,7 +234,7 @@ def test_backward_twice_and_accumulation() -> None:
     first = torch.autograd.grad(loss, [x, *layer.parameters()], retain_graph=True)
     second = torch.autograd.grad(loss, [x, *layer.parameters()], retain_graph=True)
     for a, b in zip(first, second, strict=True):
-        assert cases.same_bits(a, b)
+        assert tolerance.same_bits(a, b)
     loss.backward()
     layer(x)[0].square().sum().backward()
     torch.testing.assert_close(layer.weight_hh_l0.grad, 2 * first[2])

@@ -10,6 +10,7 @@ import cases
 import oracle
 import pytest
 import rounded
+import tolerance
 import torch
 from cases import Case, Problem
 from rounded import ISAS
@@ -79,10 +80,10 @@ def test_guard_bands(case: Case, fill: float, kernel: str) -> None:
     for name, grad in zip(problem.inputs, grads, strict=True):
         if problem.inputs[name] is not None:
             ours["d" + name] = grad.reshape(ref["d" + name].shape)
-    cases.check(ours, peer, ref, case.dtype)
+    tolerance.check(ours, peer, ref, case.dtype)
     for name, buffer in buffers.items():
-        assert cases.same_bits(buffer, before[name]), f"the buffer of {name} was written"
-    assert cases.same_bits(y_buffer, made[0]) and cases.same_bits(saved_buffer, made[1])
+        assert tolerance.same_bits(buffer, before[name]), f"the buffer of {name} was written"
+    assert tolerance.same_bits(y_buffer, made[0]) and tolerance.same_bits(saved_buffer, made[1])
 
 
 @pytest.mark.parametrize("cell", oracle.CELLS)
@@ -97,7 +98,7 @@ def test_outputs_do_not_overlap_inputs_or_each_other(cell: str) -> None:
         others = [t for t in tensors if t is not tensor]
         kept, old = cases.clones(others), tensor.clone()
         tensor.fill_(7)
-        assert all(cases.same_bits(a, b) for a, b in zip(others, kept, strict=True))
+        assert all(tolerance.same_bits(a, b) for a, b in zip(others, kept, strict=True))
         tensor.copy_(old)
 
 
@@ -176,6 +177,6 @@ def test_nothing_outside_is_read_or_written(cell: str, kind: str, isa: str) -> N
                 want = _results(problem, kind, torch.Tensor.clone)
                 for place in (inside_nan, before_a_forbidden_page):
                     got = _results(problem, kind, place)
-                    assert all(cases.same_bits(a, b) for a, b in zip(want, got, strict=True))
+                    assert all(tolerance.same_bits(a, b) for a, b in zip(want, got, strict=True))
             for buffer, before in buffers:
-                assert cases.same_bits(buffer, before), "an operand's buffer was written"
+                assert tolerance.same_bits(buffer, before), "an operand's buffer was written"

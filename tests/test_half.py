@@ -11,9 +11,11 @@ import cases
 import oracle
 import pytest
 import rounded
+import tolerance
 import torch
-from cases import Case, Problem, Tensors, biggest
+from cases import Case, Problem, Tensors
 from rounded import HALVES, ISAS
+from tolerance import biggest
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -146,7 +148,7 @@ def test_threads_do_not_change_a_bit(dtype: torch.dtype, isa: str) -> None:
                 for split in ("batch", "units"):
                     with rnnfast.use_engine("cpu", split=split):
                         two = rounded.forward(problem, None)
-                    assert all(cases.same_bits(one[k], two[k]) for k in one), f"{case} {split}"
+                    assert all(tolerance.same_bits(one[k], two[k]) for k in one), f"{case} {split}"
                 torch.set_num_threads(1)
     torch.set_num_threads(2)
     problem = rounded.problem_of(small[0])
@@ -228,7 +230,7 @@ def test_backward_is_float32s_on_what_forward_left(cell: str, dtype: torch.dtype
     wide = [None if a is None else a.float() for a in (dy, None, None, *args[:8], None, None, y)]
     theirs = torch.ops.rnnfast.backward(*wide, saved, number, False, needs)
     for got, want in zip(ours, theirs, strict=True):
-        assert cases.same_bits(got, want.to(dtype))
+        assert tolerance.same_bits(got, want.to(dtype))
 
 
 LAYERS: dict[str, Any] = {
@@ -308,7 +310,7 @@ def test_freeze_gives_the_bits_of_packing_each_time(make: Any, dtype: torch.dtyp
             frozen = copy.deepcopy(layer).freeze()
             for other in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
                 assert other._frozen is not None
-                assert cases.same_bits(other(x)[0], want)
+                assert tolerance.same_bits(other(x)[0], want)
 
 
 def test_frozen_errors() -> None:
@@ -352,7 +354,7 @@ def test_copies_and_state_dicts(make: Any) -> None:
     loaded = make(dtype=bf16)
     loaded.load_state_dict(torch.load(file))
     for copied in (fresh, loaded, other.to(bf16), copy.deepcopy(layer)):
-        assert cases.same_bits(copied(x)[0], want)
+        assert tolerance.same_bits(copied(x)[0], want)
 
 
 def test_empty_batches_and_unbatched_input(make: Any) -> None:
@@ -365,7 +367,7 @@ def test_empty_batches_and_unbatched_input(make: Any) -> None:
     alone, _ = layer(x)
     batch, _ = layer(x[None] if batch_first else x[:, None])
     # a batch of one and no batch are the same call
-    assert cases.same_bits(alone, batch.squeeze(0 if batch_first else 1))
+    assert tolerance.same_bits(alone, batch.squeeze(0 if batch_first else 1))
 
 
 @halves
@@ -399,7 +401,7 @@ def test_nan_and_infinity_stay_in_their_sequence(dtype: torch.dtype, kernel: str
                     for each in (x, bad)
                 )
             others = [b for b in range(40) if b not in (5, 20, 33)]
-            assert cases.same_bits(clean[:, others], spoilt[:, others])
+            assert tolerance.same_bits(clean[:, others], spoilt[:, others])
             assert bool(spoilt[1:, 5].isnan().all()), f"{isa}: a NaN was swallowed"
 
 
@@ -471,4 +473,4 @@ def test_compiled(make: Any, cast: bool) -> None:
         assert y.dtype == bf16
         grads = torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()])
         found.append([y, *grads])
-    assert all(cases.same_bits(a, b) for a, b in zip(*found, strict=True))
+    assert all(tolerance.same_bits(a, b) for a, b in zip(*found, strict=True))

@@ -8,6 +8,7 @@ import sys
 
 import cases
 import pytest
+import tolerance
 import torch
 from cases import Case
 
@@ -48,7 +49,7 @@ def test_forced_isa(case: Case, isa: str, kernel: str) -> None:
     assert proof["kernel_ih"] == kernel
     assert proof["kernel_hh"] == ("diagonal" if case.cell.startswith("indrnn") else kernel)
     assert torch.ops.rnnfast.last_run(5) == runs + 2, "one forward and one backward"
-    cases.check(ours, peer, ref, case.dtype)
+    tolerance.check(ours, peer, ref, case.dtype)
 
 
 def test_last_run_counts_runs() -> None:
@@ -89,7 +90,7 @@ def test_unavailable_isa_raises(isa: str) -> None:
     with pytest.raises(RuntimeError, match="rnnfast"):
         torch.ops.rnnfast.set_isa(ISAS[isa])
     problem, ref, peer = cases.solved(CASES[0])
-    cases.check(cases.run_rnnfast(problem), peer, ref, CASES[0].dtype)
+    tolerance.check(cases.run_rnnfast(problem), peer, ref, CASES[0].dtype)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import cases
 import pytest
+import tolerance
 import torch
 from pairwise import pairwise
 from torch import Tensor, nn
@@ -64,16 +66,29 @@ def run(module: nn.Module, x: Any, hx: Any, cotangents: list[Tensor]) -> cases.T
     return results | {f"d{name}": p.grad for name, p in module.named_parameters()}
 
 
-def noisy(
-    theirs: nn.Module, x: Tensor, hx: Any, cotangents: list[Tensor], seed: int
-) -> cases.Tensors:
-    """torch.nn again, on numbers that differ by less than a rounding."""
-    gen = torch.Generator().manual_seed(seed)
-    twin = copy.deepcopy(theirs)
+def moved(
+    layer: nn.Module, x: Tensor, hx: list[Tensor] | None, move: Callable[[Tensor], Tensor]
+) -> tuple[nn.Module, Tensor, list[Tensor] | None]:
+    """A layer and its inputs, each number moved."""
+    twin = copy.deepcopy(layer)
     for p in twin.parameters():
-        p.data = cases.last_bits(p, gen)
-    state = None if hx is None else [cases.last_bits(h, gen) for h in hx]
-    return run(twin, cases.last_bits(x, gen), state, cotangents)
+        p.data = move(p)
+    return twin, move(x), None if hx is None else [move(h) for h in hx]
+
+
+def near(
+    theirs: nn.Module, x: Tensor, hx: Any, cotangents: list[Tensor], seed: int
+) -> tuple[tolerance.Tensors, tolerance.Tensors]:
+    """torch.nn, in its dtype and in float64, on numbers nearby."""
+    gen = torch.Generator().manual_seed(seed)
+    neighbour = moved(theirs, x, hx, partial(tolerance.nearby, gen=gen, seed=seed))
+    rounded = moved(*neighbour, partial(tolerance.last_bits, gen=gen))
+    return run(*rounded, cotangents), run_exactly(*neighbour, cotangents)
+
+
+def run_exactly(theirs: nn.Module, x: Tensor, hx: Any, cotangents: list[Tensor]) -> cases.Tensors:
+    state = None if hx is None else [h.double() for h in hx]
+    return run(copy.deepcopy(theirs).double(), x.double(), state, cotangents)
 
 
 def compare(ours: nn.Module, theirs: nn.Module, x: Tensor, hx: list[Tensor] | None) -> None:
@@ -81,12 +96,11 @@ def compare(ours: nn.Module, theirs: nn.Module, x: Tensor, hx: list[Tensor] | No
     state = None if hx is None else (tuple(hx) if len(hx) > 1 else hx[0])
     with torch.no_grad():
         cotangents = [torch.randn_like(out) for out in leaves_of(theirs(x, state))]
-    exact = copy.deepcopy(theirs).double()
-    ref = run(exact, x.double(), None if hx is None else [h.double() for h in hx], cotangents)
-    peer = cases.Peer(
-        run(theirs, x, hx, cotangents), lambda seed: noisy(theirs, x, hx, cotangents, seed)
+    ref = run_exactly(theirs, x, hx, cotangents)
+    peer = tolerance.Peer(
+        run(theirs, x, hx, cotangents), lambda seed: near(theirs, x, hx, cotangents, seed)
     )
-    cases.check(run(ours, x, hx, cotangents), peer, ref, x.dtype)
+    tolerance.check(run(ours, x, hx, cotangents), peer, ref, x.dtype)
 
 
 ROWS = pairwise(
@@ -202,7 +216,7 @@ def test_dropout_draws_the_same_masks(name: str, dtype: torch.dtype, batch_first
     assert not torch.equal(first, leaves_of(ours(x))[0]), "dropout did nothing in training"
     ours.eval(), theirs.eval()
     torch.testing.assert_close(leaves_of(ours(x))[0], leaves_of(theirs(x))[0], **tight)
-    assert cases.same_bits(leaves_of(ours(x))[0], leaves_of(ours(x))[0])
+    assert tolerance.same_bits(leaves_of(ours(x))[0], leaves_of(ours(x))[0])
 
 
 def test_dropout_is_read_at_each_call() -> None:
@@ -260,13 +274,13 @@ def test_state_dict_both_ways_bit_for_bit(name: str, options: dict[str, Any]) ->
     buffer.seek(0)
     ours.load_state_dict(torch.load(buffer), strict=True)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert cases.same_bits(a.detach(), b.detach())
+        assert tolerance.same_bits(a.detach(), b.detach())
     with torch.no_grad():
         for p in ours.parameters():
             p.normal_()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert cases.same_bits(a.detach(), b.detach())
+        assert tolerance.same_bits(a.detach(), b.detach())
     assert ours._flat_weights_names == theirs._flat_weights_names
     assert ours.all_weights[0][0] is ours.weight_ih_l0
 
@@ -279,7 +293,7 @@ def test_same_seed_same_parameters(name: str) -> None:
     torch.manual_seed(3)
     ours = getattr(rnnfast, kind)(5, 9, **options)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert cases.same_bits(a.detach(), b.detach())
+        assert tolerance.same_bits(a.detach(), b.detach())
 
 
 @pytest.mark.parametrize("name", [*LAYERS, *CELLS])
@@ -334,12 +348,12 @@ def test_pickle_and_copies(make: Callable[[], nn.Module], copied: Callable[..., 
         twin = copied(module)
         assert type(twin) is type(module) and repr(twin) == repr(module)
         for a, b in zip(leaves_of(twin(x)), want, strict=True):
-            assert cases.same_bits(a.detach(), b.detach())
+            assert tolerance.same_bits(a.detach(), b.detach())
         with torch.no_grad():
             for p in twin.parameters():
                 p.zero_()
         # a copy has parameters of its own, and computes with them
-        assert cases.same_bits(leaves_of(module(x))[0].detach(), want[0].detach())
+        assert tolerance.same_bits(leaves_of(module(x))[0].detach(), want[0].detach())
         assert not torch.equal(leaves_of(twin(x))[0], want[0])
         if stage == 0:
             leaves_of(module(x))[0].sum().backward()
@@ -376,7 +390,7 @@ def test_indrnn_layer(
     for results in (ref, peer):
         for key in [k for k in results if "weight_hh" in k]:
             results[key] = results[key].diagonal()
-    cases.check(got, peer, ref, dtype)
+    tolerance.check(got, peer, ref, dtype)
 
 
 def test_indrnn_defaults_and_unbatched() -> None:
@@ -437,7 +451,7 @@ def test_hooks_training_flag_and_dtype_moves() -> None:
     layer.register_forward_hook(lambda *_: calls.append(1))
     x = torch.randn(4, 3, 5)
     layer.eval()
-    assert cases.same_bits(layer(x)[0].detach(), layer(x)[0].detach())
+    assert tolerance.same_bits(layer(x)[0].detach(), layer(x)[0].detach())
     assert len(calls) == 2
     y, h = layer.double()(x.double())
     assert y.dtype == h.dtype == torch.float64

@@ -7,6 +7,7 @@ import itertools
 import cases
 import oracle
 import pytest
+import tolerance
 import torch
 from cases import Case
 
@@ -20,7 +21,7 @@ def test_oracle_equals_torch_in_float64(case: Case) -> None:
     problem = cases.build(case)
     peer = cases.run_torch(problem, torch.float64)
     assert peer is not None
-    cases.check(peer, None, cases.run_oracle(problem), torch.float64)
+    tolerance.check(peer, None, cases.run_oracle(problem), torch.float64)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -59,7 +60,7 @@ def test_indrnn_is_a_diagonal_rnn(activation: str) -> None:
     peer = cases.run_torch(dense)
     assert peer is not None
     peer["dw_hh"] = peer["dw_hh"].diagonal()
-    cases.check(peer, None, ref, torch.float64)
+    tolerance.check(peer, None, ref, torch.float64)
 
 
 def test_cases_cover_every_size_and_every_pair() -> None:
@@ -93,9 +94,9 @@ def test_the_rule_rejects_a_small_error_in_any_tensor(name: str, dtype: torch.dt
     problem, ref, peer = cases.solved(Case("lstm", 7, 5, 16, 33, dtype))
     good = cases.run_torch(problem)
     assert good is not None
-    cases.check(good, peer, ref, dtype)
-    for wrong in (2e-5 * cases.biggest(ref[name]), float("nan")):
+    tolerance.check(good, peer, ref, dtype)
+    for wrong in (2e-5 * tolerance.biggest(ref[name]), float("nan")):
         bad = {k: v.clone() for k, v in good.items()}
         bad[name].view(-1)[1] += wrong
         with pytest.raises(AssertionError, match=name):
-            cases.check(bad, peer, ref, dtype)
+            tolerance.check(bad, peer, ref, dtype)

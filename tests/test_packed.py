@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import cases
 import oracle
 import pytest
+import tolerance
 import torch
 from pairwise import pairwise
-from test_modules import LAYERS, leaves_of, pair
+from test_modules import LAYERS, leaves_of, moved, pair
 from torch import Tensor, nn
 from torch.nn.utils.rnn import (
     PackedSequence,
@@ -81,20 +83,22 @@ def compare(ours: Any, theirs: Any, lengths: list[int], state: bool, dtype: torc
     shape = (batch, longest, 5) if ours.batch_first else (longest, batch, 5)
     x = torch.randn(shape, dtype=dtype)
     hx = make_state(theirs, batch, dtype) if state else None
-    exact_hx = None if hx is None else [h.double() for h in hx]
-    exact = copy.deepcopy(theirs).double()
-    ref = run(exact, x.double(), lengths, exact_hx, ours.batch_first)
 
-    def noisy(seed: int) -> cases.Tensors:
+    def run_exactly(layer: Any, x: Tensor, hx: list[Tensor] | None) -> cases.Tensors:
+        state = None if hx is None else [h.double() for h in hx]
+        layer = copy.deepcopy(layer).double()
+        return run(layer, x.double(), lengths, state, ours.batch_first)
+
+    def near(seed: int) -> tuple[cases.Tensors, cases.Tensors]:
         gen = torch.Generator().manual_seed(seed)
-        twin = copy.deepcopy(theirs)
-        for p in twin.parameters():
-            p.data = cases.last_bits(p, gen)
-        state = None if hx is None else [cases.last_bits(h, gen) for h in hx]
-        return run(twin, cases.last_bits(x, gen), lengths, state, ours.batch_first)
+        neighbour = moved(theirs, x, hx, partial(tolerance.nearby, gen=gen, seed=seed))
+        layer, rows, state = moved(*neighbour, partial(tolerance.last_bits, gen=gen))
+        result = run(layer, rows, lengths, state, ours.batch_first)
+        return result, run_exactly(*neighbour)
 
-    peer = cases.Peer(run(theirs, x, lengths, hx, ours.batch_first), noisy)
-    cases.check(run(ours, x, lengths, hx, ours.batch_first), peer, ref, dtype)
+    peer = tolerance.Peer(run(theirs, x, lengths, hx, ours.batch_first), near)
+    result = run(ours, x, lengths, hx, ours.batch_first)
+    tolerance.check(result, peer, run_exactly(theirs, x, hx), dtype)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())))

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 
-import cases
 import pytest
+import tolerance
 import torch
 from test_modules import leaves_of
 from torch import nn
@@ -122,7 +122,7 @@ def test_frozen_layer_gives_the_same(make) -> None:  # type: ignore[no-untyped-d
                 plain = layer(x)
             layer.freeze()
         for a, b in zip(leaves_of(frozen), leaves_of(plain), strict=True):
-            assert cases.same_bits(a, b)
+            assert tolerance.same_bits(a, b)
 
 
 def test_frozen_layer_refuses_what_would_be_wrong() -> None:

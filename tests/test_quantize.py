@@ -8,13 +8,14 @@ import logging
 import pickle
 from typing import Any
 
-import cases
 import oracle
 import pytest
 import rounded
+import tolerance
 import torch
-from cases import Case, Problem, Tensors, biggest
+from cases import Case, Problem, Tensors
 from rounded import ISAS
+from tolerance import biggest
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
@@ -105,7 +106,7 @@ def test_zero_tiny_huge_and_infinite_rows(isa: str) -> None:
     with rnnfast.use_engine("cpu", isa=isa):
         y, want = quantized(x)[0], quantized(clean)[0]
     usual = [b for b in range(40) if b not in (2, 3, 4, 5, 20, 33)]
-    assert cases.same_bits(y[:, usual], want[:, usual])
+    assert tolerance.same_bits(y[:, usual], want[:, usual])
     for b in (2, 3):  # numbers so small that only the biases are left
         torch.testing.assert_close(y[0, b], want[0, 1])
     assert bool(y[0, 4].isfinite().all()) and biggest(y[0, 4]) > 1e37
@@ -203,7 +204,8 @@ def test_all_forms_of_input(make: Any) -> None:
     want = _outputs(plain(x))
     got = _outputs(turned(x.transpose(0, 1)))
     assert all(
-        cases.same_bits(a, b) for a, b in zip([got[0].transpose(0, 1), *got[1:]], want, strict=True)
+        tolerance.same_bits(a, b)
+        for a, b in zip([got[0].transpose(0, 1), *got[1:]], want, strict=True)
     )
     alone = _outputs(plain(x[:, 1]))
     for a, b in zip(alone, want, strict=True):
@@ -252,7 +254,7 @@ def test_copies_on_every_instruction_set(make: Any) -> None:
                 moved,
             ):
                 assert other._packed is None
-                assert cases.same_bits(other(x)[0], want), isa
+                assert tolerance.same_bits(other(x)[0], want), isa
     assert "_packed" not in quantized.state_dict()
     wrong = rnnfast.quantize(rnnfast.GRU(20, 34))
     with pytest.raises(RuntimeError, match="size mismatch|Missing key"):
@@ -271,7 +273,7 @@ def test_layers_of_other_types_become_float32s(dtype: torch.dtype) -> None:
     want = rnnfast.quantize(copy.deepcopy(layer).float())
     got = rnnfast.quantize(layer)
     x = torch.randn(3, 2, 20)
-    assert cases.same_bits(got(x)[0], want(x)[0])
+    assert tolerance.same_bits(got(x)[0], want(x)[0])
     with pytest.raises(ValueError, match="does not match weight dtype"):
         got(x.to(dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -353,7 +355,7 @@ def test_accelerated_and_frozen_layers() -> None:
     x = torch.randn(3, 2, 20)
     want = rnnfast.quantize(plain)(x)[0]
     for model in (fast, frozen):
-        assert cases.same_bits(rnnfast.quantize(model)(x)[0], want)
+        assert tolerance.same_bits(rnnfast.quantize(model)(x)[0], want)
         assert type(rnnfast.restore(rnnfast.accelerate(model))[0]) is rnnfast.QuantizedGRU
 
 
@@ -362,7 +364,7 @@ def test_training_mode_dropout_and_hooks_are_gone() -> None:
     quantized = rnnfast.quantize(layer.train())
     x = torch.randn(3, 2, 20)
     assert not quantized.training
-    assert cases.same_bits(quantized(x)[0], quantized.train()(x)[0])
+    assert tolerance.same_bits(quantized(x)[0], quantized.train()(x)[0])
 
 
 def test_gradients_are_refused(make: Any) -> None:
@@ -397,9 +399,9 @@ def test_compiled_and_exported(make: Any) -> None:
         compiled = torch.compile(quantized, backend="aot_eager", fullgraph=True)
         first = compiled(x)[0]  # before the layer itself has packed
         want = quantized(x)[0]
-        assert cases.same_bits(first, want) and cases.same_bits(compiled(x)[0], want)
+        assert tolerance.same_bits(first, want) and tolerance.same_bits(compiled(x)[0], want)
         exported = torch.export.export(quantized, (x,)).module()
-        assert cases.same_bits(exported(x)[0], want)
+        assert tolerance.same_bits(exported(x)[0], want)
     assert all(type(p) is Tensor for p in quantized._packed), "a traced tensor was kept"
 
 
@@ -473,7 +475,7 @@ def test_threads_and_repeats_do_not_change_a_bit() -> None:
                 for split in ("batch", "units"):
                     with rnnfast.use_engine("cpu", split=split):
                         two = rounded.forward(problem, packed, views)
-                    assert all(cases.same_bits(one[k], two[k]) for k in one), f"{case} {isa}"
+                    assert all(tolerance.same_bits(one[k], two[k]) for k in one), f"{case} {isa}"
                 torch.set_num_threads(1)
 
 

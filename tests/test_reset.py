@@ -9,6 +9,7 @@ from typing import Any
 import cases
 import oracle
 import pytest
+import tolerance
 import torch
 from cases import Case
 from test_modules import LAYERS, leaves_of
@@ -144,7 +145,7 @@ def test_op_equals_the_oracle_cut_by_hand(case: Case) -> None:
     for kernel in ("packed", "direct"):
         with rnnfast.use_engine("cpu", kernel=kernel):
             got = op_results(problem, mask)
-        cases.check(got, None, ref, f64)
+        tolerance.check(got, None, ref, f64)
 
 
 def test_both_splits_are_among_the_cases() -> None:
@@ -190,7 +191,7 @@ def test_the_same_bits_as_pieces(cell: str, threads: int) -> None:
                 piece = torch.ops.rnnfast.forward(x[begin:end], *states, *rest, None, *tail)
                 y.append(piece[0])
         for a, b in zip(got[:3], (torch.cat(y), *piece[1:3]), strict=True):
-            assert cases.same_bits(a, b)
+            assert tolerance.same_bits(a, b)
 
 
 def as_function(case: Case) -> tuple[Callable[..., Any], list[Tensor]]:
@@ -279,7 +280,7 @@ def test_all_rows_reset_at_the_first_step_need_no_state(cell: str) -> None:
     inputs = {**problem.inputs, "h0": None, "c0": None}
     none = op_results(cases.Problem(case, inputs, problem.cotangents), mask & False)
     for name, value in none.items():
-        assert cases.same_bits(got[name], value), name
+        assert tolerance.same_bits(got[name], value), name
 
 
 def pieces(layer: nn.Module, x: Tensor, reset: Tensor, hx: Any) -> Tensor:
@@ -396,7 +397,7 @@ def test_any_strides(layout: str) -> None:
     else:
         view = reset[:, :1].expand(6, 4)
     assert not view.is_contiguous()
-    assert cases.same_bits(layer(x, reset=view)[0], layer(x, reset=view.contiguous())[0])
+    assert tolerance.same_bits(layer(x, reset=view)[0], layer(x, reset=view.contiguous())[0])
 
 
 def test_accelerated_layers_take_resets() -> None:
@@ -404,7 +405,7 @@ def test_accelerated_layers_take_resets() -> None:
     x, reset = torch.randn(6, 4, 5), torch.rand(6, 4) < 0.4
     ours = rnnfast.LSTM(5, 9)
     ours.load_state_dict(model.state_dict())
-    assert cases.same_bits(model(x, reset=reset)[0], ours(x, None, reset)[0])
+    assert tolerance.same_bits(model(x, reset=reset)[0], ours(x, None, reset)[0])
     with torch.no_grad():
         want = ours(x, None, reset)[0]
         torch.testing.assert_close(ours.freeze()(x, None, reset)[0], want)
@@ -554,4 +555,4 @@ def test_random_masks_at_random_shapes() -> None:
             bias=rng.random() < 0.5, loss=rng.choice(cases.LOSSES),
         )  # fmt: skip
         problem, mask = cases.build(case), mask_of(case, (k % 5) / 4)
-        cases.check(op_results(problem, mask), None, reference_results(problem, mask), f64)
+        tolerance.check(op_results(problem, mask), None, reference_results(problem, mask), f64)

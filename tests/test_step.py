@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import pytest
+import tolerance
 import torch
 from test_eager import Logged, Watch
 from test_modules import LAYERS, leaves_of
@@ -142,7 +142,7 @@ def test_dropout_between_layers() -> None:
                 torch.manual_seed(3)
                 want = layer(x[None])[0][0]
                 torch.manual_seed(3)
-                assert cases.same_bits(layer.step(x)[0].detach(), want.detach())
+                assert tolerance.same_bits(layer.step(x)[0].detach(), want.detach())
 
 
 def test_the_state_belongs_to_the_caller() -> None:
@@ -195,7 +195,7 @@ def test_modes_and_subclasses_see_the_operator() -> None:
     with torch.no_grad():
         y = layer.step(x.as_subclass(Logged))[0]
         assert torch.ops.rnnfast.forward.default in Logged.seen
-        assert cases.same_bits(y.as_subclass(Tensor), layer.step(x)[0])
+        assert tolerance.same_bits(y.as_subclass(Tensor), layer.step(x)[0])
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])

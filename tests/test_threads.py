@@ -17,6 +17,7 @@ from typing import Any
 import cases
 import oracle
 import pytest
+import tolerance
 import torch
 from cases import Case
 
@@ -64,7 +65,7 @@ def test_number_of_threads_changes_at_any_time(case: Case) -> None:
     def work(_: int) -> None:
         for threads in (1, 2, 3, 8, 1, 5, 2):
             torch.set_num_threads(threads)
-            cases.check(cases.run_rnnfast(problem), peer, ref, case.dtype)
+            tolerance.check(cases.run_rnnfast(problem), peer, ref, case.dtype)
             assert 1 <= rnnfast.last_run()["threads"] <= threads
 
     in_threads(work, 1)
@@ -84,7 +85,7 @@ def test_several_python_threads_at_once(count: int) -> None:
 
     for results in in_threads(work, count):
         for j, ours in results:
-            cases.check(ours, solved[j][2], solved[j][1], CASES[j].dtype)
+            tolerance.check(ours, solved[j][2], solved[j][1], CASES[j].dtype)
 
 
 def test_one_layer_shared_by_threads() -> None:
@@ -135,7 +136,7 @@ def test_layer_called_while_another_runs_backward() -> None:
     assert len(seen) == 1 and torch.isfinite(x.grad).all()
     z = torch.ones(5, 6, 33, requires_grad=True)
     (dz,) = torch.autograd.grad(inner(z)[0].sum(), z)
-    assert cases.same_bits(dz, seen[0])
+    assert tolerance.same_bits(dz, seen[0])
 
 
 SCRIPT = """
@@ -292,7 +293,7 @@ def test_more_threads_than_processors() -> None:
         torch.set_num_threads(16)
         for case, (problem, ref, peer) in zip(CASES, solved, strict=True):
             for _ in range(3):
-                cases.check(cases.run_rnnfast(problem), peer, ref, case.dtype)
+                tolerance.check(cases.run_rnnfast(problem), peer, ref, case.dtype)
 
     in_threads(work, 1)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import pytest
+import tolerance
 import torch
 from test_modules import leaves_of
 from torch import Tensor, nn
@@ -177,7 +177,7 @@ def test_checkpointing() -> None:
             y = layer(x)[0]
         results.append(torch.autograd.grad(y.sum(), [x, *layer.parameters()]))
     for a, b in zip(*results, strict=True):
-        assert cases.same_bits(a, b)
+        assert tolerance.same_bits(a, b)
 
 
 def test_batched_gradients() -> None:
