@@ -21,8 +21,8 @@ struct Lanes;
 // A vector may know faster ones. Of minimum and maximum, a NaN in x comes through.
 struct PlainOperations {
   template <class V>
-  RNNFAST_HD static V reciprocal(V x) {
-    return 1.0f / x;
+  RNNFAST_HD static V quotient(V n, V d) {
+    return n / d;
   }
   template <class V>
   RNNFAST_HD static V maximum(V bound, V x) {
@@ -110,7 +110,7 @@ RNNFAST_HD V exp(V x) {
 
 template <class V>
 RNNFAST_HD V sigmoid(V x) {
-  return Lanes<V>::reciprocal(splat<V>(1.0) + exp(-x));
+  return Lanes<V>::quotient(splat<V>(1.0), splat<V>(1.0) + exp(-x));
 }
 
 // tanh|x| = -q / (q + 2) with q = exp(-2|x|) - 1, which keeps the relative accuracy at small x.
@@ -123,7 +123,7 @@ RNNFAST_HD V tanh(V x) {
   V p;
   const V scale = reduce_exp(splat<V>(-2.0) * a, p);
   const V q = scale * p + (scale - splat<V>(1.0));
-  const V t = -q * Lanes<V>::reciprocal(q + splat<V>(2.0));
+  const V t = Lanes<V>::quotient(-q, q + splat<V>(2.0));
   return bit_cast<V>(bit_cast<I>(t) ^ sign);
 }
 
