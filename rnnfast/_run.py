@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _both, _reset, engine, ops, reference
+from . import _group, _reset, engine, ops, reference
 from ._checks import DTYPES, check_batch_sizes, check_weights
 from .cells import CellSpec
 
@@ -229,36 +229,39 @@ def stack(
     resets = [reset] * directions
     if reset is not None and directions == 2:
         resets[1] = _reset.of_backward_direction(reset, batch_sizes)
-    h_ns: list[Tensor] = []
-    c_ns: list[Tensor] = []
+    given: list[tuple[Any, ...]] = []
+    for i in range(count):
+        w = weights[i * each : (i + 1) * each]
+        b_ih, b_hh = w[2:4] if bias else (None, None)
+        w_hr = w[-1] if each % 2 else None
+        given.append(
+            (
+                h0s[i], c0s[i], w[0], w[1], b_ih, b_hh, w_hr, resets[i % directions],
+                None if packed_weights is None else packed_weights[i],
+            )
+        )  # fmt: skip
+
+    outs: list[tuple[Tensor, Tensor, Tensor]] = []
+    grouped = not use_ref and _group.applies(x, given)
+    if grouped and directions == 1 and dropout == 0:
+        outs = _group.run(spec, x, given, batch_sizes, True)
+        return outs[-1][0], torch.stack([o[1] for o in outs]), torch.cat([o[2] for o in outs])
     y = x
     for layer in range(num_layers):
-        given: list[tuple[Any, ...]] = []
-        for k in range(directions):
-            i = layer * directions + k
-            w = weights[i * each : (i + 1) * each]
-            b_ih, b_hh = w[2:4] if bias else (None, None)
-            w_hr = w[-1] if each % 2 else None
-            given.append(
-                (
-                    h0s[i], c0s[i], w[0], w[1], b_ih, b_hh, w_hr, resets[k],
-                    None if packed_weights is None else packed_weights[i],
-                )
-            )  # fmt: skip
-        if directions == 2 and not use_ref and _both.applies(y, given[0], given[1]):
-            outs = list(_both.run(spec, y, given[0], given[1], batch_sizes))
+        passes = given[layer * directions : (layer + 1) * directions]
+        if grouped and directions == 2:
+            of_layer = _group.run(spec, y, passes, batch_sizes, False)
         else:
-            outs = [
+            of_layer = [
                 direction(use_ref, spec, y, *tensors, batch_sizes, reset, packed, k == 1)  # type: ignore[call-arg]
-                for k, (*tensors, reset, packed) in enumerate(given)
+                for k, (*tensors, reset, packed) in enumerate(passes)
             ]
-        ys = [out[0] for out in outs]
-        h_ns += [out[1] for out in outs]
-        c_ns += [out[2] for out in outs]
+        outs += of_layer
+        ys = [out[0] for out in of_layer]
         y = ys[0] if directions == 1 else torch.cat(ys, -1)
         if dropout != 0 and layer < num_layers - 1:
             y = torch.dropout(y, dropout, True)  # torch.nn's draw, so that seeds give its masks
-    return y, torch.stack(h_ns), torch.cat(c_ns)
+    return y, torch.stack([o[1] for o in outs]), torch.cat([o[2] for o in outs])
 
 
 def _raise_size(who: str, expected: tuple[int, ...], found: Tensor) -> NoReturn:

@@ -14,7 +14,8 @@ __all__ = ["EngineScope", "engines", "last_run", "use_engine"]
 
 ISAS = ("portable", "avx2", "avx512", "neon", "avx512_bf16", "amx")
 KERNELS = ("packed", "direct")
-SPLITS = ("serial", "batch", "units", "directions")
+SPLITS = ("serial", "batch", "units", "directions", "layers")
+PASS_SPLITS = SPLITS[:3]  # of one direction of one layer
 _KERNEL_RAN = (*KERNELS, "diagonal")
 _NAMES = ("auto", "cpu", "reference")
 
@@ -109,7 +110,9 @@ def use_engine(
             it is. The last two of AVX-512 differ from it for bfloat16 and int8 only
         kernel: ``"packed"`` or ``"direct"``; ``None`` leaves it as it is
         split: how threads divide a layer, ``"serial"``, ``"batch"`` or ``"units"``, with as many
-            threads as that can use; ``None`` leaves it as it is
+            threads as that can use; ``"directions"`` or ``"layers"``: layers with two directions,
+            or with several layers of one, run them side by side, and all else as it would;
+            ``None`` leaves it as it is
 
     Returns:
         An :class:`EngineScope`. Nothing has to be done with it; as a context manager it puts
@@ -134,8 +137,8 @@ def use_engine(
         raise RuntimeError(f"rnnfast: isa must be one of {', '.join(ISAS)}, got {isa!r}")
     if kernel is not None and kernel not in KERNELS:
         raise RuntimeError(f"rnnfast: kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
-    if split is not None and split not in SPLITS[:3]:
-        raise RuntimeError(f"rnnfast: split must be one of {', '.join(SPLITS[:3])}, got {split!r}")
+    if split is not None and split not in SPLITS:
+        raise RuntimeError(f"rnnfast: split must be one of {', '.join(SPLITS)}, got {split!r}")
     if isa is not None and isa not in available_isas():
         raise RuntimeError(
             f"rnnfast: isa {isa!r} can't run here, this machine and build have "
@@ -195,11 +198,26 @@ def split_is_forced() -> bool:
     return _split_wish >= 0
 
 
-def directions_at_once(
-    cell: int, sizes: tuple[int, int, int, int, int], itemsize: int, threads: int, packed: bool
-) -> bool:
-    """Whether a layer of two directions with sizes (T, B, I, H, P) runs them side by side."""
-    return bool(_native.directions_at_once(cell, *sizes, itemsize, threads, packed))
+def choose_group(
+    cell: int,
+    sizes: tuple[int, int, int, int, int],
+    itemsize: int,
+    threads: int,
+    packed: bool,
+    count: int,
+    chained: bool,
+) -> tuple[int, int]:
+    """How many of ``count`` forward passes of sizes (T, B, I, H, P) run at the same time, and on
+    how many threads each: the directions of a layer, or (``chained``) layers."""
+    teams, each = (
+        int(
+            _native.choose_group(
+                field, count, chained, False, cell, *sizes, itemsize, threads, packed
+            )
+        )
+        for field in range(2)
+    )
+    return teams, each
 
 
 def estimates(
@@ -214,7 +232,7 @@ def estimates(
     weights are, before the call."""
     found = {
         name: float(_native.estimate(i, cell, *sizes, itemsize, threads, packed))
-        for i, name in enumerate(SPLITS[:3])
+        for i, name in enumerate(PASS_SPLITS)
     }
     return {name: time for name, time in found.items() if time > 0}
 
@@ -252,9 +270,9 @@ def last_run() -> dict[str, str | int | None]:
         ``engine`` ("cpu", "reference", or None before the first run), and of the CPU engine
         ``isa`` (that of the kernels: ``"avx512"`` where ``"amx"`` or ``"avx512_bf16"`` have none
         of their own), ``threads`` (number of threads; 1 where the pool had no others, or had kept
-        this thread waiting just before), ``split`` ("serial", "batch", "units" or "directions"),
-        ``kernel_ih`` and ``kernel_hh`` ("packed", "direct", or "diagonal" for no product);
-        None where it does not apply
+        this thread waiting just before), ``split`` ("serial", "batch", "units", "directions" or
+        "layers"), ``kernel_ih`` and ``kernel_hh`` ("packed", "direct", or "diagonal" for no
+        product); None where it does not apply
 
     Example::
 

@@ -33,7 +33,7 @@ class Row:
         isa: instruction set of the kernels, or ``"-"``
         threads: number of threads, or 0 where rnnfast does not choose it
         split: how threads divide the work: ``"serial"``, ``"batch"``, ``"units"``, or
-            ``"directions"`` where both directions of a layer run side by side
+            ``"directions"`` or ``"layers"`` where those of a layer run side by side
         kernel: where the products take their weights: ``"packed"`` or ``"direct"``; input side
             and hidden side if they differ
         reason: why; where there was a choice, with the microseconds that the cost model gives a
@@ -88,13 +88,16 @@ def _reason(
             "batch": f"{threads} threads take rows of the batch and need no synchronisation",
             "units": f"{threads} threads take hidden units and meet once a step",
             "directions": "both directions run side by side, each on half of the threads",
+            "layers": "layers run side by side, each a few steps behind the one that it reads",
         }[split]
     )
     if engine.split_is_forced():
         parts[-1] = "the split is forced by use_engine"
     elif len(times) > 1:
         listed = ", ".join(f"{name} {time:.0f} us" for name, time in times.items())
-        alone = " of one direction alone" if split == "directions" else ""
+        alone = {"directions": " of one direction alone", "layers": " of one layer alone"}.get(
+            split, ""
+        )
         parts[-1] += f" (model{alone}: {listed})"
     if kept:
         parts.append(f"weights packed by {kept}")
@@ -107,6 +110,17 @@ def _reason(
     return "; ".join(parts)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Which of the passes that may run side by side a pass is: the ``index``-th of ``count``, the
+    first of which has ``input_size``."""
+
+    count: int
+    chained: bool
+    index: int
+    input_size: int
+
+
 def _row(
     name: str,
     spec: CellSpec,
@@ -115,10 +129,10 @@ def _row(
     device: torch.device,
     train: bool,
     kept: str = "",
-    both: bool = False,
+    beside: Beside | None = None,
 ) -> Row:
     """``dtype`` is that of the weights; ``kept`` names what packed them before the call, if so;
-    ``both``: it is one of two directions of a layer."""
+    ``beside``: the passes of its layer that one call runs."""
     seq_len, batch, input_size, hidden, out = sizes
     text = str(dtype).removeprefix("torch.")
     shape = f"{spec.name} T={seq_len} B={batch} I={input_size} H={hidden}"
@@ -135,9 +149,15 @@ def _row(
     itemsize = torch.empty((), dtype=tensors).element_size()
     offered, packed = torch.get_num_threads(), bool(kept)
     isa, threads, ih, hh, split = engine.choose(spec.id, sizes, itemsize, offered, packed)
-    if both and engine.directions_at_once(spec.id, sizes, itemsize, offered, packed):
-        split = "directions"
-        threads = 2 * engine.choose(spec.id, sizes, itemsize, offered // 2, packed)[1]
+    if beside is not None:
+        first = (seq_len, batch, beside.input_size, hidden, out)
+        teams, each = engine.choose_group(
+            spec.id, first, itemsize, offered, packed, beside.count, beside.chained
+        )
+        together = min(teams, beside.count - beside.index // teams * teams)
+        if together > 1:  # else one after the other, or the one that is left
+            split = "layers" if beside.chained else "directions"
+            threads = together * each
     if kept:
         ih, hh = "packed", "diagonal" if spec.diagonal else "packed"
     kernel = ih if hh in (ih, "diagonal") else f"{ih}/{hh}"
@@ -174,26 +194,31 @@ def _layer_rows(name: str, module: nn.Module, x: Any, seq_len: int, batch: int) 
             frozen = m._frozen
             return "" if frozen is None else f"freeze(), {frozen.bytes(index) / 2**20:.1f} MiB"
 
-        return [
-            _row(
-                f"{name}.l{k}{'_reverse' if d else ''}".lstrip("."),
-                spec_of(module),
-                (
-                    seq_len,
-                    batch,
-                    m.input_size if k == 0 else out * directions,
-                    m.hidden_size,
-                    out,
-                ),
-                weight.dtype,
-                weight.device,
-                train,
-                kept(k * directions + d),
-                directions == 2,
-            )
-            for k in range(m.num_layers)
-            for d in range(directions)
-        ]
+        def beside(layer: int, direction: int, inputs: int) -> Beside | None:
+            if m.bidirectional:
+                return Beside(2, False, direction, inputs)
+            if m.num_layers == 1 or (m.training and m.dropout > 0):
+                return None
+            return Beside(m.num_layers, True, layer, m.input_size)
+
+        rows = []
+        for k in range(m.num_layers):
+            inputs = m.input_size if k == 0 else out * directions
+            sizes = (seq_len, batch, inputs, m.hidden_size, out)
+            rows += [
+                _row(
+                    f"{name}.l{k}{'_reverse' if d else ''}".lstrip("."),
+                    spec_of(module),
+                    sizes,
+                    weight.dtype,
+                    weight.device,
+                    train,
+                    kept(k * directions + d),
+                    beside(k, d, inputs),
+                )
+                for d in range(directions)
+            ]
+        return rows
     spec = cell_spec(cells.get(type(module).__name__) or f"rnn_{m.nonlinearity}")
     if x is not None:
         batch = x.size(0) if x.dim() == 2 else 1

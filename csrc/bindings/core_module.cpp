@@ -145,6 +145,17 @@ py::dict choose(int cell_id, int64_t T, int64_t B, int64_t I, int64_t H, int64_t
   return result;
 }
 
+// (how many passes at the same time, threads of each, rows of a chunk)
+py::tuple group_choice(int cell_id, int64_t T, int64_t B, int64_t I, int64_t H, int count,
+                       bool chained, bool backward, int max_threads, int forced_split) {
+  if (cell_id < 0 || cell_id >= kNumCells) throw std::invalid_argument("rnnfast: no such cell");
+  std::vector<Shape> passes(count, Shape{cell_id, T, B, chained ? H : I, H, H, T * B, 4});
+  passes[0].input_size = I;
+  const GroupChoice choice = choose_group({passes.data(), count, chained, backward},
+                                          {max_threads, int64_t{1} << 20}, {-1, forced_split});
+  return py::make_tuple(choice.teams, choice.each.threads, choice.each.chunk_rows);
+}
+
 // Seconds of one barrier of `workers` threads with nothing between, for bench/model.py; 0: the
 // threads did not run at once.
 double barrier_seconds(int workers, int rounds) {
@@ -193,6 +204,9 @@ PYBIND11_MODULE(_core, m) {
         py::arg("P"), py::arg("rows"), py::arg("itemsize"), py::arg("max_threads"),
         py::arg("forced") = -1, py::arg("forced_split") = -1,
         py::arg("private_cache") = int64_t{1} << 20);
+  m.def("choose_group", &group_choice, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"),
+        py::arg("H"), py::arg("count"), py::arg("chained"), py::arg("backward"),
+        py::arg("max_threads"), py::arg("forced_split") = -1);
   m.def("barrier_seconds", &barrier_seconds, py::arg("workers"), py::arg("rounds"),
         py::call_guard<py::gil_scoped_release>(), "Seconds of one barrier; 0: not at once.");
   m.def(

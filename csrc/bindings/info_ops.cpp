@@ -40,9 +40,11 @@ int64_t set_kernel(int64_t kernel) {
 }
 
 int64_t set_split(int64_t split) {
-  if (split < -1 || split > 2)
-    fail("split must be -1 (automatic), 0 (serial), 1 (batch) or 2 (units), got " +
-         std::to_string(split));
+  if (split < -1 || split > 4)
+    fail(
+        "split must be -1 (automatic), 0 (serial), 1 (batch), 2 (units), 3 (directions) or 4 "
+        "(layers), got " +
+        std::to_string(split));
   return force_split(static_cast<int>(split));
 }
 
@@ -83,11 +85,21 @@ double estimate_op(int64_t split, int64_t cell, int64_t T, int64_t B, int64_t I,
   return estimate(shape, machine, choice).total();
 }
 
-// Whether a layer of two directions with these sizes runs them side by side.
-bool directions_op(int64_t cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
-                   int64_t itemsize, int64_t threads, bool packed) {
-  return directions_at_once(checked_shape(cell, T, B, I, H, P, itemsize, threads, packed),
-                            static_cast<int>(threads));
+// How several passes with these sizes run: how many at the same time (field 0), and each on how
+// many threads (field 1). The first of chained ones has input size I, the others that of their
+// inputs, P.
+int64_t choose_group_op(int64_t field, int64_t count, bool chained, bool backward, int64_t cell,
+                        int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t itemsize,
+                        int64_t threads, bool packed) {
+  if (field < 0 || field > 1)
+    fail("field must be 0 (teams) or 1 (threads of each), got " + std::to_string(field));
+  if (count < 1 || count > 4096) fail("count must be in [1, 4096], got " + std::to_string(count));
+  std::vector<Shape> shapes(
+      count, checked_shape(cell, T, B, chained ? P : I, H, P, itemsize, threads, packed));
+  shapes[0].input_size = I;
+  const GroupChoice choice = choose_group_for(
+      {shapes.data(), static_cast<int>(count), chained, backward}, static_cast<int>(threads));
+  return field == 0 ? choice.teams : choice.each.threads;
 }
 
 }  // namespace
@@ -104,8 +116,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
       "bool packed=False) "
       "-> int");
   m.def(
-      "directions_at_once(int cell, int T, int B, int I, int H, int P, int itemsize, int threads, "
-      "bool packed=False) -> bool");
+      "choose_group(int field, int count, bool chained, bool backward, int cell, int T, int B, int "
+      "I, int H, int P, int itemsize, int threads, bool packed=False) -> int");
   m.def(
       "estimate(int split, int cell, int T, int B, int I, int H, int P, int itemsize, int threads, "
       "bool packed=False) "
@@ -119,6 +131,6 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {
   m.impl("last_run", TORCH_BOX(&rnnfast::last_run_op));
   m.impl("choose", TORCH_BOX(&rnnfast::choose));
   m.impl("estimate", TORCH_BOX(&rnnfast::estimate_op));
-  m.impl("directions_at_once", TORCH_BOX(&rnnfast::directions_op));
+  m.impl("choose_group", TORCH_BOX(&rnnfast::choose_group_op));
   m.impl("set_split", TORCH_BOX(&rnnfast::set_split));
 }

@@ -16,6 +16,9 @@ namespace rnnfast {
 struct DotOperands;
 using DotProduct = void (*)(int64_t rows, int vectors, const DotOperands&);
 
+// How far a layer is that another one follows: cpu/team.h.
+struct StepsDone;
+
 // A tensor of rows that may be a view: (T, B, features) by two strides, or packed rows (N,
 // features) by one.
 template <class scalar_t>
@@ -37,6 +40,9 @@ struct LayerArgs {
   const scalar_t *h0, *c0;  // (B, P), (S-1, B, H); null: zeros
   // PyTorch's layouts; biases and w_hr may be null.
   const scalar_t *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
+  // Of the layer whose results this one reads while they are made, and its own; null: neither.
+  const StepsDone* leader;
+  StepsDone* done;
 };
 
 template <class scalar_t>

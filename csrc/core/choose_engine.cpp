@@ -1,6 +1,8 @@
 #include "choose_engine.h"
 
 #include <algorithm>
+#include <numeric>
+#include <vector>
 
 #include "cell_info.h"
 
@@ -21,7 +23,10 @@ constexpr double kExchangeBytes = 6e3, kExchangeRow = 0.03;
 constexpr double kWake = 6, kWakeEach = 0.5, kBarrier = 0.5, kBarrierEach = 0.04;
 // What sweeps over the weights leave in the private cache; the rest is for everything else.
 constexpr double kCacheShare = 0.75;
-constexpr int64_t kRowsPerTile = 6, kChunkRows = 128;
+constexpr int64_t kRowsPerTile = 6;
+// A layer that follows another starts a chunk later: the shorter, the sooner, but the more often
+// is w_ih read.
+constexpr int64_t kFollowingChunks = 16, kLeastChunkRows = 8;
 // Packing reads and writes the weights once, and a packed product is so much faster than a direct
 // one that this many rows repay it.
 constexpr int64_t kPackingRows = 80;
@@ -86,7 +91,8 @@ Estimate estimate(const Shape& s, const Machine& machine, const Choice& choice) 
   const double whole_cache = static_cast<double>(machine.private_cache);
   const double cache = kCacheShare * whole_cache;
   const bool everything = (ih_bytes + hh_bytes) * units <= cache;
-  const double chunk = std::min(steps * rows, std::max<double>(kChunkRows, rows));
+  const double chunk =
+      std::min(steps * rows, std::max(static_cast<double>(choice.chunk_rows), rows));
   const double chunks = std::max(1.0, steps * rows / chunk);
   e.products = product_time(steps, rows, hh_bytes * units, cache, whole_cache, s.itemsize) +
                product_time(chunks, chunk, ih_bytes * units,
@@ -113,7 +119,9 @@ Choice choose_engine(const Shape& s, const Machine& machine, const Wish& wish) {
   const CellInfo& cell = cell_info(s.cell);
   const Kernel kernel = s.packed ? Kernel::kPacked : choose_kernel(s.rows, wish.kernel);
   Choice best{1, Split::kSerial, kernel, cell.diagonal ? Kernel::kNone : kernel};
-  if (machine.max_threads < 2 || wish.split == static_cast<int>(Split::kSerial)) return best;
+  // Splits of several passes leave the choice within one free.
+  const int wanted = wish.split > static_cast<int>(Split::kUnits) ? -1 : wish.split;
+  if (machine.max_threads < 2 || wanted == static_cast<int>(Split::kSerial)) return best;
   double least = estimate(s, machine, best).total();
   // More threads must be worth it.
   constexpr double kWorth = 0.97;
@@ -121,8 +129,8 @@ Choice choose_engine(const Shape& s, const Machine& machine, const Wish& wish) {
   for (int64_t threads = 2;; threads = std::min<int64_t>(2 * threads, machine.max_threads)) {
     for (const Split split : {Split::kBatch, Split::kUnits}) {
       const int64_t parts = split == Split::kBatch ? s.batch : panels;
-      if (wish.split >= 0) {
-        if (static_cast<int>(split) == wish.split && parts > 1)
+      if (wanted >= 0) {
+        if (static_cast<int>(split) == wanted && parts > 1)
           best = {static_cast<int>(std::min(threads, parts)), split, best.kernel_ih,
                   best.kernel_hh};
         continue;
@@ -135,6 +143,52 @@ Choice choose_engine(const Shape& s, const Machine& machine, const Wish& wish) {
       least = time;
     }
     if (threads >= machine.max_threads) break;
+  }
+  return best;
+}
+
+GroupChoice choose_group(const Group& group, const Machine& machine, const Wish& wish) {
+  const Shape& last = group.passes[group.count - 1];
+  const Split own = group.chained ? Split::kLayers : Split::kDirections;
+  const bool forced = wish.split == static_cast<int>(own);
+  GroupChoice best{1, choose_engine(last, machine, wish)};
+  if (machine.max_threads < 2 || group.count < 2 || (wish.split >= 0 && !forced)) return best;
+  if (group.chained && last.seq_len == 1 && !forced) return best;  // the others would only wait
+
+  std::vector<double> one_by_one;
+  for (int i = 0; i < group.count; ++i) {
+    const Shape& pass = group.passes[i];
+    one_by_one.push_back(estimate(pass, machine, choose_engine(pass, machine, wish)).total());
+  }
+  double least = std::accumulate(one_by_one.begin(), one_by_one.end(), 0.0);
+  for (int teams = 2; teams <= std::min(group.count, machine.max_threads); ++teams) {
+    const Machine part{machine.max_threads / teams, machine.private_cache};
+    Choice each = choose_engine(last, part, wish);
+    if (group.chained && !group.backward)
+      each.chunk_rows =
+          std::clamp(last.rows / kFollowingChunks, kLeastChunkRows, kForwardChunkRows);
+    const int64_t chunk_rows = group.backward ? kBackwardChunkRows : each.chunk_rows;
+    const double chunks =
+        std::min(std::max(1.0, static_cast<double>(last.rows) / static_cast<double>(chunk_rows)),
+                 static_cast<double>(last.seq_len));
+    double time = 0;
+    for (int begin = 0; begin < group.count; begin += teams) {
+      const int end = std::min(group.count, begin + teams);
+      if (end - begin == 1) {
+        time += one_by_one[begin];
+        continue;
+      }
+      double longest = 0;
+      for (int i = begin; i < end; ++i)
+        longest = std::max(longest, estimate(group.passes[i], part, each).total());
+      // The last one starts a chunk later for each that it follows.
+      time += longest * (group.chained ? 1 + (end - begin - 1) / chunks : 1);
+      // All teams are woken as one.
+      if (each.threads == 1) time += wake_time(machine.max_threads);
+    }
+    if (!forced && time >= least) continue;
+    best = {teams, each};
+    least = time;
   }
   return best;
 }

@@ -19,9 +19,9 @@ enum class Isa : int {
 constexpr int kNumIsas = 6;
 
 // How the threads divide a layer: nobody, rows of the batch (no synchronisation in the loop), or
-// hidden units (a barrier a step). kDirections: both directions of a layer at once, which only a
-// call with both of them can choose (cpu/dispatch.h).
-enum class Split : int { kSerial = 0, kBatch = 1, kUnits = 2, kDirections = 3 };
+// hidden units (a barrier a step). Calls with several passes have two more: both directions of a
+// layer at once, and layers each a chunk of steps behind the one whose results it reads.
+enum class Split : int { kSerial = 0, kBatch = 1, kUnits = 2, kDirections = 3, kLayers = 4 };
 
 // Where a product takes its weights: from panels packed for
 // the micro-kernel, or directly from PyTorch's layout.
@@ -50,14 +50,19 @@ struct Estimate {
   double total() const { return products + cells + packing + meetings; }
 };
 
+// Rows that a pass handles together: of the input projection, whose result stays in the second
+// cache, and of the weights' gradients, as the depth of their products (which decides their bits).
+constexpr int64_t kForwardChunkRows = 128, kBackwardChunkRows = 512;
+
 struct Choice {
   int threads;
   Split split;
   Kernel kernel_ih, kernel_hh;
+  int64_t chunk_rows = kForwardChunkRows;  // of forward
 };
 
-// What is forced: -1, or a Kernel for both products, or a Split (with as many threads as it can
-// use).
+// What is forced: -1, or a Kernel for both products, or a Split (with as many threads, or passes at
+// once, as it can use; of those of several passes, the choice within a pass is free).
 struct Wish {
   int kernel = -1, split = -1;
 };
@@ -67,5 +72,20 @@ Choice choose_engine(const Shape& shape, const Machine& machine, const Wish& wis
 // The model behind the choice: `threads` threads with a split, and the kernels of `choice`.
 double wake_time(int threads);
 Estimate estimate(const Shape& shape, const Machine& machine, const Choice& choice);
+
+// Passes of one call: the directions of a layer, or (`chained`) layers that read one another.
+struct Group {
+  const Shape* passes;
+  int count;
+  bool chained, backward;
+};
+
+// How they run: `teams` of them at the same time, each with the threads of `each`. One team: one
+// after the other, each with a choice of its own.
+struct GroupChoice {
+  int teams;
+  Choice each;
+};
+GroupChoice choose_group(const Group& group, const Machine& machine, const Wish& wish);
 
 }  // namespace rnnfast

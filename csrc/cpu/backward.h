@@ -15,8 +15,7 @@
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
 
-constexpr int64_t kBackwardChunkRows = 512;  // the depth of a weight-gradient product
-constexpr int64_t kLeftTiles = 8;            // tiles of its left side that are packed together
+constexpr int64_t kLeftTiles = 8;  // tiles of its left side that are packed together
 
 template <class scalar_t>
 struct BackwardScratch {

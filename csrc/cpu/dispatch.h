@@ -1,5 +1,6 @@
-// The CPU engine's door: picks the instruction set, the threads and the scratch memory, and runs
-// one direction of one layer, or both.
+// The CPU engine's door: the instruction set and what is forced (dispatch.cpp), the choice, the
+// threads and the scratch memory of a pass or several (run.cpp), packed weights
+// (packed_weights.cpp).
 #pragma once
 
 #include "../core/args.h"
@@ -101,6 +102,7 @@ const LastRun& last_run();
 
 Machine machine_with(int threads);
 Choice choose_for(const Shape& shape, int threads);
+GroupChoice choose_group_for(const Group& group, int threads);
 
 // The ISA is an argument, read once an operator: packed weights fit one ISA, and another thread may
 // force another one meanwhile.
@@ -110,15 +112,14 @@ void run_forward(Isa isa, int cell, ForwardArgs<scalar_t>& args, WeightFormat fo
 template <class scalar_t>
 void run_backward(Isa isa, int cell, const BackwardArgs<scalar_t>& args, const Threads& threads);
 
-// The two directions of a layer: side by side on half of the threads each, or one after the other.
+// Several passes of one call (core/choose_engine.h): the directions of a layer, or layers that read
+// one another, first to run first. Side by side, or one after the other.
 template <class scalar_t>
-void run_forward_both(Isa isa, int cell, ForwardArgs<scalar_t> (&args)[2],
-                      const WeightFormat (&formats)[2], const Threads& threads);
+void run_forward_group(Isa isa, int cell, ForwardArgs<scalar_t>* args, const WeightFormat* formats,
+                       int count, bool chained, const Threads& threads);
 template <class scalar_t>
-void run_backward_both(Isa isa, int cell, const BackwardArgs<scalar_t> (&args)[2],
-                       const Threads& threads);
-// Which of the two the model expects to be faster.
-bool directions_at_once(const Shape& shape, int threads);
+void run_backward_group(Isa isa, int cell, BackwardArgs<scalar_t>* args, int count, bool chained,
+                        const Threads& threads);
 
 // Packed weights: a header that tells what they were made for, then panels.
 template <class scalar_t>

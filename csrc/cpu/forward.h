@@ -13,8 +13,6 @@
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
 
-constexpr int64_t kForwardChunkRows = 128;  // gx of a chunk stays in the second cache
-
 template <class Format>
 struct ForwardScratch {
   using acc_t = typename Format::acc_t;
@@ -61,7 +59,7 @@ ForwardScratch<Format> forward_scratch(const ForwardArgs<typename Format::tensor
   s.b_ih = arena.take<acc_t>(sizes.gates.padded());
   s.b_hh = arena.take<acc_t>(sizes.gates.padded());
   // Workers that own rows are not always in the same chunk: each has a gx of its own.
-  const int64_t chunk_rows = chunk_capacity(args.rows, args.batch, kForwardChunkRows);
+  const int64_t chunk_rows = chunk_capacity(args.rows, args.batch, choice.chunk_rows);
   s.gx_size = chunk_rows * sizes.gates.padded();
   s.gx = arena.take<acc_t>(s.gx_size * (choice.split == Split::kBatch ? choice.threads : 1));
   s.h[0] = arena.take<acc_t>(args.batch * s.h_row);
@@ -96,6 +94,7 @@ class ForwardPass {
       : args_(args),
         s_(scratch),
         worker_(worker),
+        chunk_rows_(choice.chunk_rows),
         gates_{args.hidden_size, Cell::kGates},
         outputs_{args.output_size, 1},
         mine_(share_of(args, choice, worker, gates_, outputs_)) {
@@ -118,7 +117,9 @@ class ForwardPass {
     for (int64_t step = 0; step < args_.seq_len; ++step) {
       const int64_t t = down ? args_.seq_len - 1 - step : step;
       if (step == 0 || t < chunk.begin || t >= chunk.end) {
-        chunk = chunk_of(args_, t, down, kForwardChunkRows);
+        note_done(args_.done, worker_, step);
+        chunk = chunk_of(args_, t, down, chunk_rows_);
+        wait_for(args_.leader, worker_, step + chunk.size());
         count_rows(chunk);
         if (!panel_by_panel_) project_inputs(chunk);
       }
@@ -131,6 +132,7 @@ class ForwardPass {
       if (Cell::kRecurrence == Recurrence::kDense) share_units();
       current = 1 - current;
     }
+    note_done(args_.done, worker_, args_.seq_len);
     if constexpr (!std::is_same_v<acc_t, tensor_t>) write_inner_states();
   }
 
@@ -486,6 +488,7 @@ class ForwardPass {
   const ForwardArgs<tensor_t>& args_;
   const ForwardScratch<Format>& s_;
   const Worker worker_;
+  const int64_t chunk_rows_;
   const Panels<acc_t> gates_, outputs_;
   const Share mine_;
   int64_t gx_row_;

@@ -34,11 +34,16 @@ class GradientPass {
             s_.w_ih);
   }
 
-  // Adds the gradients of the steps of `chunk` (`first`: nothing has been added yet). Callers put
-  // barriers around it.
+  // dx of the steps of `chunk`, whose gate gradients are complete.
+  void inputs(Range chunk) {
+    const int64_t base = first_row(args_, chunk.begin);
+    if (args_.dx) input_gradient(base, part_of(rows_of(chunk), worker_.index, worker_.count));
+  }
+
+  // Adds the weights' gradients of the steps of `chunk` (`first`: nothing has been added yet).
+  // Callers put barriers around it.
   void add(Range chunk, bool first) {
-    const int64_t base = first_row(args_, chunk.begin),
-                  rows = first_row(args_, chunk.end - 1) + active(args_, chunk.end - 1) - base;
+    const int64_t rows = rows_of(chunk);
     share_right_sides(chunk, rows);
     barrier(worker_);
     const Range gates = part_of(Cell::kGates * args_.hidden_size, worker_.index, worker_.count);
@@ -61,7 +66,6 @@ class GradientPass {
       // the same sums
       for (int64_t m = gates.begin; m < gates.end; ++m) args_.db_hh[m] = args_.db_ih[m];
     }
-    if (args_.dx) input_gradient(base, part_of(rows, worker_.index, worker_.count));
   }
 
  private:
@@ -77,6 +81,11 @@ class GradientPass {
       return row + base - first_row(args, t);
     }
   };
+
+  int64_t rows_of(Range chunk) const {
+    return first_row(args_, chunk.end - 1) + active(args_, chunk.end - 1) -
+           first_row(args_, chunk.begin);
+  }
 
   void share_right_sides(Range chunk, int64_t rows) {
     const int64_t base = first_row(args_, chunk.begin);
@@ -236,8 +245,10 @@ void run_backward(const BackwardArgs<scalar_t>& args, const Choice& choice,
   loop.start();
   const bool down = !args.reverse;  // against the direction of forward
   bool first = true;
+  int64_t steps = 0;
   for (int64_t t = down ? args.seq_len - 1 : 0; t >= 0 && t < args.seq_len;) {
     const Range chunk = chunk_of(args, t, down, kBackwardChunkRows);
+    wait_for(args.leader, worker, steps += chunk.size());
     const int64_t base = first_row(args, chunk.begin);
     for (int64_t i = 0; i < chunk.size(); ++i) {
       const int64_t at = down ? chunk.end - 1 - i : chunk.begin + i;
@@ -246,6 +257,8 @@ void run_backward(const BackwardArgs<scalar_t>& args, const Choice& choice,
       loop.step(at, base, args.dh0 != nullptr || !is_first_step);
     }
     barrier(worker);  // the chunk's gate gradients are complete
+    gradients.inputs(chunk);
+    note_done(args.done, worker, steps);
     gradients.add(chunk, first);
     barrier(worker);  // and may be overwritten
     first = false;

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 namespace rnnfast {
 namespace {
@@ -179,31 +180,38 @@ int run_team(int count, ParallelFor parallel_for, WorkFn work, void* context) {
 
 namespace {
 
-struct TwoTeams {
+struct Teams {
   int each;
   WorkFn work;
   void* const* contexts;
-  Team teams[2];
+  std::vector<Team> teams;
 };
 
-void work_of_two(void* context, const Worker& worker) {
-  auto& two = *static_cast<TwoTeams*>(context);
+void work_of_teams(void* context, const Worker& worker) {
+  auto& all = *static_cast<Teams*>(context);
   if (worker.count == 1) {
-    for (int i = 0; i < 2; ++i) two.work(two.contexts[i], Worker{0, 1, &two.teams[i]});
+    for (size_t i = 0; i < all.teams.size(); ++i)
+      all.work(all.contexts[i], Worker{0, 1, &all.teams[i]});
     return;
   }
-  const int mine = worker.index / two.each;
-  two.work(two.contexts[mine], Worker{worker.index % two.each, two.each, &two.teams[mine]});
+  const int mine = worker.index / all.each;
+  all.work(all.contexts[mine], Worker{worker.index % all.each, all.each, &all.teams[mine]});
 }
 
 }  // namespace
 
-int run_two_teams(int each, ParallelFor parallel_for, WorkFn work, void* const (&contexts)[2]) {
-  TwoTeams two{};
-  two.each = each;
-  two.work = work;
-  two.contexts = contexts;
-  return run_team(2 * each, parallel_for, work_of_two, &two);
+int run_teams(int teams, int each, ParallelFor parallel_for, WorkFn work, void* const* contexts) {
+  Teams all{each, work, contexts, std::vector<Team>(teams)};
+  return run_team(teams * each, parallel_for, work_of_teams, &all);
+}
+
+void note_done(StepsDone* own, const Worker& worker, int64_t steps) {
+  if (own) own[worker.index].steps.store(steps, std::memory_order_release);
+}
+
+void wait_for(const StepsDone* leader, const Worker& worker, int64_t steps) {
+  for (int i = 0; leader && i < worker.count; ++i)
+    wait_until([&] { return leader[i].steps.load(std::memory_order_acquire) >= steps; });
 }
 
 }  // namespace rnnfast

@@ -2,6 +2,9 @@
 // barrier that cannot hang.
 #pragma once
 
+#include <atomic>
+#include <cstdint>
+
 namespace rnnfast {
 
 struct Team;
@@ -28,8 +31,19 @@ using WorkFn = void (*)(void* context, const Worker& worker);
 // it worked. Returns the number of workers that ran.
 int run_team(int count, ParallelFor parallel_for, WorkFn work, void* context);
 
-// Two teams of `each` threads at the same time, each with a barrier of its own; work(contexts[i])
-// is the i-th's. One thread alone does one after the other. Returns the number of threads that ran.
-int run_two_teams(int each, ParallelFor parallel_for, WorkFn work, void* const (&contexts)[2]);
+// `teams` teams of `each` threads at the same time, each with a barrier of its own;
+// work(contexts[i]) is the i-th's. One thread alone does one after the other. Returns the number of
+// threads that ran.
+int run_teams(int teams, int each, ParallelFor parallel_for, WorkFn work, void* const* contexts);
+
+// The steps that one worker of a team has finished, for a team that follows its own. One a worker.
+struct alignas(64) StepsDone {
+  std::atomic<int64_t> steps{0};
+};
+
+// Writes before it are visible to who waited for them; null: nobody follows, or leads.
+void note_done(StepsDone* own, const Worker& worker, int64_t steps);
+// Until all workers of the leading team, as many as in this one, have done that many steps.
+void wait_for(const StepsDone* leader, const Worker& worker, int64_t steps);
 
 }  // namespace rnnfast

@@ -1,0 +1,214 @@
+// One pass of a layer, forward or backward, as operators see it: tensors that are checked, and room
+// for the results.
+#pragma once
+
+#include <tuple>
+
+#include "results.h"
+
+namespace rnnfast {
+
+inline Threads torch_threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int count, void (*run)(long, long, void*), void* context) {
+            torch::stable::parallel_for(
+                0, count, 1, [&](int64_t begin, int64_t end) { run(begin, end, context); });
+          }};
+}
+
+// y, h_n, c_n, saved
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// What a pass is given beside x and batch_sizes.
+struct Pass {
+  OptionalTensor h0, c0;
+  Tensor w_ih, w_hh;
+  OptionalTensor b_ih, b_hh, w_hr, reset;
+};
+
+// A checked forward pass with room for its results.
+struct ForwardCall {
+  CheckedLayer layer;
+  OptionalTensor packed;
+  ForwardResult result;
+  bool save;
+
+  // `used`: a y that nobody reads any more, for this one if it has the same shape.
+  ForwardCall(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
+              const OptionalTensor& packed_weights, int64_t cell, bool reverse, bool saves,
+              const Tensor* used = nullptr)
+      : layer({x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, batch_sizes, d.reset, cell,
+               reverse, packed_weights.has_value()}),
+        packed(packed_weights),
+        result(room(layer, saves, used)),
+        save(saves) {
+    if (packed && (!packed->is_cpu() || packed->scalar_type() != ScalarType::Byte ||
+                   packed->dim() != 1 || !packed->is_contiguous()))
+      fail("packed must be a uint8 CPU tensor as pack returned it, got one of shape " +
+           shape_text(*packed));
+  }
+
+  static ForwardResult room(const CheckedLayer& layer, bool save, const Tensor* used) {
+    const ScalarType dtype = layer.dtype, kept = accumulator_dtype(dtype);
+    const bool fits = used && used->size(used->dim() - 1) == layer.output_size;
+    return {fits                ? *used
+            : layer.packed_rows ? empty({layer.rows, layer.output_size}, dtype)
+                                : empty({layer.seq_len, layer.batch, layer.output_size}, dtype),
+            empty({layer.batch, layer.output_size}, dtype),
+            empty({layer.cell.states - 1, layer.batch, layer.hidden_size}, dtype),
+            save ? empty({layer.rows, layer.planes(), layer.hidden_size}, kept) : empty({0}, kept)};
+  }
+
+  template <class scalar_t>
+  ForwardArgs<scalar_t> args(Isa isa, int64_t cell, WeightFormat& format) const {
+    ForwardArgs<scalar_t> args{};
+    layer.fill(args);
+    format = WeightFormat::kPlain;
+    if (packed && !take_packed(isa, static_cast<int>(cell),
+                               static_cast<const char*>(packed->const_data_ptr()), packed->numel(),
+                               args, format))
+      fail(std::string("packed was made for another ISA, dtype, cell or size of weights than ") +
+           layer.cell.name + " on " + isa_name(isa) + "; call pack again");
+    args.y = out<scalar_t>(std::get<0>(result));
+    args.h_n = out<scalar_t>(std::get<1>(result));
+    args.c_n = out<scalar_t>(std::get<2>(result));
+    args.saved = save ? out<accumulator_of<scalar_t>>(std::get<3>(result)) : nullptr;
+    return args;
+  }
+};
+
+// dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr; bit i of `needs` asks for the i-th.
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+enum Needs : int64_t {
+  kDx = 1,
+  kDh0 = 2,
+  kDc0 = 4,
+  kDwIh = 8,
+  kDwHh = 16,
+  kDbIh = 32,
+  kDbHh = 64,
+  kDwHr = 128
+};
+
+// What backward is given beside the pass.
+struct Incoming {
+  OptionalTensor dy, dh_n, dc_n;
+  Tensor y, saved;
+  int64_t needs;
+};
+
+// A checked backward pass in float32 or float64 with room for its results.
+struct BackwardCall {
+  CheckedLayer layer;
+  Incoming in;
+  BackwardResult result;
+
+  BackwardCall(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
+               const Incoming& incoming, int64_t cell, bool reverse)
+      : layer({x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, batch_sizes, d.reset, cell,
+               reverse}),
+        in(checked(layer, d, incoming)),
+        result(room(layer, incoming.needs)) {}
+
+  static Incoming checked(const CheckedLayer& layer, const Pass& d, const Incoming& given) {
+    const ScalarType dtype = layer.dtype;
+    const auto check_rows = [&](const char* name, const Tensor& tensor) {
+      check_same(name, tensor, dtype);
+      if (layer.packed_rows)
+        check_shape(name, tensor, "(N, P)", {layer.rows, layer.output_size});
+      else
+        check_shape(name, tensor, "(T, B, P)", {layer.seq_len, layer.batch, layer.output_size});
+    };
+    Incoming in = given;
+    if (in.dy) {
+      check_rows("dy", *in.dy);
+      in.dy = unit_stride(*in.dy);
+    }
+    if (in.dh_n) {
+      check_same("dh_n", *in.dh_n, dtype);
+      check_shape("dh_n", *in.dh_n, "(B, P)", {layer.batch, layer.output_size});
+      in.dh_n = torch_contiguous(*in.dh_n);
+    }
+    if (in.dc_n) {
+      check_same("dc_n", *in.dc_n, dtype);
+      check_shape("dc_n", *in.dc_n, "(S-1, B, H)",
+                  {layer.cell.states - 1, layer.batch, layer.hidden_size});
+      in.dc_n = torch_contiguous(*in.dc_n);
+    }
+    check_rows("y", in.y);
+    check_same("saved", in.saved, accumulator_dtype(dtype));
+    check_shape("saved", in.saved, "(N, planes, H)",
+                {layer.rows, layer.planes(), layer.hidden_size});
+    const int64_t needs = in.needs;
+    if (needs < 0 || needs > 255)
+      fail("needs must be a mask of 8 bits, got " + std::to_string(needs));
+    if ((needs & kDbIh && !d.b_ih) || (needs & kDbHh && !d.b_hh) || (needs & kDwHr && !d.w_hr))
+      fail("needs asks for the gradient of an argument that is None");
+    in.y = torch_contiguous(in.y);
+    in.saved = torch_contiguous(in.saved);
+    return in;
+  }
+
+  static BackwardResult room(const CheckedLayer& layer, int64_t needs) {
+    const int64_t B = layer.batch, I = layer.input_size, H = layer.hidden_size,
+                  P = layer.output_size, gates = layer.cell.gates * H;
+    const auto if_needed = [&](Needs need, std::initializer_list<int64_t> sizes) {
+      return needs & need ? empty(sizes, layer.dtype) : empty({0}, layer.dtype);
+    };
+    return {
+        layer.packed_rows ? if_needed(kDx, {layer.rows, I}) : if_needed(kDx, {layer.seq_len, B, I}),
+        if_needed(kDh0, {B, P}),
+        if_needed(kDc0, {layer.cell.states - 1, B, H}),
+        if_needed(kDwIh, {gates, I}),
+        layer.cell.diagonal ? if_needed(kDwHh, {H}) : if_needed(kDwHh, {gates, P}),
+        if_needed(kDbIh, {gates}),
+        if_needed(kDbHh, {gates}),
+        if_needed(kDwHr, {P, H})};
+  }
+
+  template <class scalar_t>
+  BackwardArgs<scalar_t> args() const {
+    BackwardArgs<scalar_t> args{};
+    layer.fill(args);
+    const auto data = [](const Tensor& tensor) {
+      return static_cast<const scalar_t*>(tensor.const_data_ptr());
+    };
+    if (in.dy) args.dy = layer.rows_of<scalar_t>(*in.dy);
+    if (in.dh_n) args.dh_n = data(*in.dh_n);
+    if (in.dc_n) args.dc_n = data(*in.dc_n);
+    args.y = data(in.y);
+    args.saved = data(in.saved);
+    const auto wanted = [&](Needs need, const Tensor& tensor) {
+      return in.needs & need ? out<scalar_t>(tensor) : nullptr;
+    };
+    args.dx = wanted(kDx, std::get<0>(result));
+    args.dh0 = wanted(kDh0, std::get<1>(result));
+    args.dc0 = wanted(kDc0, std::get<2>(result));
+    args.dw_ih = wanted(kDwIh, std::get<3>(result));
+    args.dw_hh = wanted(kDwHh, std::get<4>(result));
+    args.db_ih = wanted(kDbIh, std::get<5>(result));
+    args.db_hh = wanted(kDbHh, std::get<6>(result));
+    args.dw_hr = wanted(kDwHr, std::get<7>(result));
+    return args;
+  }
+
+  void run(int64_t cell) const {
+    if (layer.empty())
+      std::apply([](const auto&... tensors) { (fill_zero(tensors), ...); }, result);
+    else if (layer.dtype == ScalarType::Float)
+      run_backward(active_isa(), static_cast<int>(cell), args<float>(), torch_threads());
+    else
+      run_backward(active_isa(), static_cast<int>(cell), args<double>(), torch_threads());
+  }
+};
+
+// 16-bit numbers are widened once and their gradients rounded once; all between is float32.
+BackwardResult backward_of_half(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
+                                const Incoming& in, int64_t cell, bool reverse);
+
+inline bool is_half(const Tensor& x) {
+  const ScalarType dtype = checked_dtype("x", x);
+  return accumulator_dtype(dtype) != dtype;
+}
+
+}  // namespace rnnfast

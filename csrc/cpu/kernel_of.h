@@ -1,0 +1,40 @@
+// Which entries of a kernel table a call needs, and the format of its packed weights.
+#pragma once
+
+#include <type_traits>
+
+#include "dispatch.h"
+#include "dot.h"
+
+namespace rnnfast {
+
+inline const ForwardKernels<float>& forward_kernels(Isa isa, int cell, WeightFormat format, float) {
+  return format == WeightFormat::kInt8 ? kernels(isa).int8[cell].forward
+                                       : kernels(isa).float32[cell];
+}
+inline const ForwardKernels<double>& forward_kernels(Isa isa, int cell, WeightFormat, double) {
+  return kernels(isa).float64[cell];
+}
+inline const ForwardKernels<BFloat16>& forward_kernels(Isa isa, int cell, WeightFormat format,
+                                                       BFloat16) {
+  return (format == WeightFormat::kDot ? kernels(isa).dot_bfloat16 : kernels(isa).bfloat16)[cell];
+}
+inline const ForwardKernels<Float16>& forward_kernels(Isa isa, int cell, WeightFormat, Float16) {
+  return kernels(isa).float16[cell];
+}
+
+inline const BackwardKernels<float>& backward_kernels(Isa isa, int cell, float) {
+  return kernels(isa).backward32[cell];
+}
+inline const BackwardKernels<double>& backward_kernels(Isa isa, int cell, double) {
+  return kernels(isa).backward64[cell];
+}
+
+// The layout in which weights of a type are packed.
+template <class scalar_t>
+WeightFormat packed_format(Isa isa) {
+  const bool dot = std::is_same_v<scalar_t, BFloat16> && dot_kernels(isa, 1).bfloat16 != nullptr;
+  return dot ? WeightFormat::kDot : WeightFormat::kPlain;
+}
+
+}  // namespace rnnfast

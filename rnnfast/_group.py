@@ -1,0 +1,170 @@
+"""Several passes of a layer in one call, so that they may run side by side where one leaves
+processors idle: both directions, or (``chained``) layers that read one another. For plain eager
+calls: everything else takes them one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .cells import CELLS, CellSpec
+
+_forward_group = torch.ops.rnnfast.forward_group.default
+_backward_group = torch.ops.rnnfast.backward_group.default
+_is_grad_enabled = torch.is_grad_enabled
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+# h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset and packed weights of one pass
+Pass = Sequence[Tensor | None]
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+class _OnePass:
+    """What ops.py's formula of one pass looks at in its ctx."""
+
+    def __init__(self, ctx: Any, saved_tensors: Sequence[Any], index: int) -> None:
+        x, batch_sizes, *rest = saved_tensors
+        h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset = rest[8 * index : 8 * index + 8]
+        ys, saved = rest[8 * ctx.count : 9 * ctx.count], rest[9 * ctx.count :]
+        needed = ctx.needs_input_grad
+        below = needed[0]
+        if ctx.chained and index > 0:
+            x = ys[index - 1]
+            below = below or any(needed[4 : 4 + 8 * index])
+        self.saved_tensors = (
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset, ys[index], saved[index],
+        )  # fmt: skip
+        self.needs_input_grad = (below, *needed[4 + 8 * index : 11 + 8 * index])
+        self.cell, self.reverse, self.save = ctx.cell, not ctx.chained and index == 1, True
+
+
+class _Group(torch.autograd.Function):
+    """forward_group; arguments x, batch_sizes, cell, chained, then h0, c0, w_ih, w_hh, b_ih, b_hh,
+    w_hr and reset of each pass. Every y is an output: layers above one another read them, and a
+    second derivative goes through them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, batch_sizes: Tensor | None, cell: int, chained: bool, *tensors: Any
+    ) -> Any:
+        ctx.count = len(tensors) // 8
+        passes: list[Tensor | None] = []
+        for i in range(ctx.count):
+            passes += [*tensors[8 * i : 8 * i + 8], None]
+        with ops.below_autograd():
+            out = _forward_group(x, passes, batch_sizes, cell, chained, True)
+        ctx.set_materialize_grads(False)
+        ctx.cell, ctx.chained = cell, chained
+        fixed = out[3::4]
+        if CELLS[cell].states == 1:
+            fixed += out[2::4]
+        ctx.mark_non_differentiable(*fixed)
+        ctx.save_for_backward(x, batch_sizes, *tensors, *out[0::4], *out[3::4])
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor | None) -> Any:
+        kept = ctx.saved_tensors  # once: hooks may unpack them only once
+        passes = [_OnePass(ctx, kept, i) for i in range(ctx.count)]
+        if _may_run_at_once(passes, incoming, ctx.chained):
+            grads = _at_once(passes, incoming, ctx.chained)
+        elif ctx.chained:
+            grads = _from_last_to_first(passes, incoming)
+        else:
+            grads = [
+                ops.forward_backward(one, *incoming[4 * i : 4 * i + 4])[:8]
+                for i, one in enumerate(passes)
+            ]
+        dx = grads[0][0] if ctx.chained else _sum(grads[0][0], grads[1][0])
+        result: list[Any] = [dx, None, None, None]
+        for of_pass in grads:
+            result += [*of_pass[1:], None]
+        return tuple(result)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a + b
+
+
+def _from_last_to_first(passes: Sequence[_OnePass], incoming: Any) -> list[Any]:
+    grads: list[Any] = []
+    dx = None
+    for i in reversed(range(len(passes))):
+        dy, *rest = incoming[4 * i : 4 * i + 4]
+        dy = _sum(dy, dx)
+        if any(passes[i].needs_input_grad):
+            of_pass = ops.forward_backward(passes[i], dy, *rest)[:8]
+        else:
+            of_pass = (None,) * 8
+        dx = of_pass[0]
+        grads.insert(0, of_pass)
+    return grads
+
+
+def _may_run_at_once(passes: Sequence[_OnePass], incoming: Sequence[Any], chained: bool) -> bool:
+    """Whether each pass has gradients to take and to give, nobody will differentiate what becomes
+    of them, and they are one set of gradients, not a batch."""
+    given = [g for g in incoming if g is not None]
+    takes = [any(g is not None for g in incoming[4 * i : 4 * i + 3]) for i in range(len(passes))]
+    if chained:  # layers below the last have a gradient from above, and their own y has none
+        fits = takes[-1] and all(g is None for g in incoming[0 : 4 * len(passes) - 4 : 4])
+    else:
+        fits = all(takes)
+    return (
+        fits
+        and all(any(one.needs_input_grad) for one in passes)
+        and not _is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in given)
+    )
+
+
+def _at_once(passes: Sequence[_OnePass], incoming: Any, chained: bool) -> list[Any]:
+    tensors: list[Tensor | None] = []
+    for i, one in enumerate(passes):
+        _, *given, batch_sizes, reset, y, saved = one.saved_tensors
+        tensors += [*given, reset, y, saved, *incoming[4 * i : 4 * i + 3]]
+    needs = [ops.needs_mask(one.needs_input_grad) for one in passes]
+    first = passes[0]
+    with ops.below_autograd():
+        grads = _backward_group(
+            first.saved_tensors[0], tensors, batch_sizes, first.cell, chained, needs
+        )
+    return [
+        tuple(
+            g if n else None
+            for g, n in zip(grads[8 * i : 8 * i + 8], one.needs_input_grad, strict=True)
+        )
+        for i, one in enumerate(passes)
+    ]
+
+
+def applies(x: Tensor, passes: Sequence[Pass]) -> bool:
+    """Whether a call with these tensors may take this way: plain ones only, since the operators
+    have no fake kernels."""
+    tensors = (x, *(t for one in passes for t in one))
+    return x.is_cpu and all(type(t) in _PLAIN for t in tensors) and ops.is_eager(tensors)
+
+
+def run(
+    spec: CellSpec, x: Tensor, passes: Sequence[Pass], batch_sizes: Tensor | None, chained: bool
+) -> list[Outputs]:
+    """(y, h_n, c_n) of each pass; of chained ones only the last y may be read."""
+    if _is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for p in passes for t in p[:7])
+    ):
+        ops.refuse_packed(passes[0][8])
+        given = [t for one in passes for t in one[:8]]
+        out = _Group.apply(x, batch_sizes, spec.id, chained, *given)
+    else:
+        with ops.below_autograd():
+            given = [t for one in passes for t in one]
+            out = _forward_group(x, given, batch_sizes, spec.id, chained, False)
+    return [tuple(out[4 * i : 4 * i + 3]) for i in range(len(passes))]
