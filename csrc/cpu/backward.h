@@ -175,7 +175,16 @@ class BackwardPass {
     const scalar_t* before[Cell::kStates];
     for (int k = 0; k < Cell::kStates; ++k) before[k] = state_before(k, t, b);
     const Range units = columns_of(units_, mine_.panels);
+    // Of the row of the step that comes next, as far as it is a whole batch away.
+    const int64_t ahead = (args_.reverse ? 1 : -1) * args_.batch;
+    const int64_t next = layer_row + ahead;
+    const bool fetch = !args_.batch_sizes && next >= 0 && next < args_.rows;
     for (int64_t unit = units.begin; unit < units.end; unit += kLanes) {
+      if (fetch) {
+        const scalar_t* line = saved_plane(next, 0) + unit;
+        for (int k = 0; k < planes_; ++k) __builtin_prefetch(line + k * args_.hidden_size, 0, 2);
+        __builtin_prefetch(args_.y + next * args_.output_size + unit, 0, 2);
+      }
       if (unit + kLanes <= args_.hidden_size)
         cell_vector<true>(unit, layer_row, b, chunk_row, dy, before);
       else
@@ -191,9 +200,11 @@ class BackwardPass {
     V kept[at_least_one<Cell::kSaved>], prev[Cell::kStates], next[Cell::kStates],
         dstate[Cell::kStates];
     V dgx[Cell::kGates], dgh[Cell::kGates];
+    RNNFAST_UNROLL
     for (int k = 0; k < Cell::kSaved; ++k)
       kept[k] = load_part(saved_plane(layer_row, k) + unit, left);
     prev[0] = next[0] = V{};
+    RNNFAST_UNROLL
     for (int k = args_.w_hr ? 1 : 0; k < Cell::kStates; ++k) {
       prev[k] = before[k] ? load_part(before[k] + unit, left) : V{};
       next[k] = load_part(k == 0 ? args_.y + layer_row * args_.output_size + unit
@@ -208,10 +219,13 @@ class BackwardPass {
       dstate[0] = load_part(s_.dh + b * args_.output_size + unit, left);
       if (dy) dstate[0] += load_part(dy + unit, left);
     }
+    RNNFAST_UNROLL
     for (int k = 1; k < Cell::kStates; ++k)
       dstate[k] = load_part(inner_gradient(k, b) + unit, left);
 
     Cell::backward(kept, prev, next, dstate, dgx, dgh);
+
+    RNNFAST_UNROLL
 
     for (int g = 0; g < Cell::kGates; ++g) {
       const int64_t at = chunk_row * s_.gate_row + g * args_.hidden_size + unit;
@@ -221,6 +235,7 @@ class BackwardPass {
     if constexpr (Cell::kRecurrence == Recurrence::kDiagonal)
       dstate[0] += dgh[0] * load_part(args_.w_hh + unit, left);
     if (!args_.w_hr) store_part(s_.dh + b * args_.output_size + unit, dstate[0], left);
+    RNNFAST_UNROLL
     for (int k = 1; k < Cell::kStates; ++k)
       store_part(inner_gradient(k, b) + unit, dstate[k], left);
   }

@@ -425,20 +425,26 @@ class ForwardPass {
     const int64_t left = kWhole ? kLanes : args_.hidden_size - unit;
     V gates_x[Cell::kGates], gates_h[Cell::kGates], state[Cell::kStates];
     V kept[at_least_one<Cell::kSaved>];
+    RNNFAST_UNROLL
     for (int g = 0; g < Cell::kGates; ++g) {
       gates_x[g] = load(gx + (g * per_gate + v) * kLanes);
       gates_h[g] = load(gh + (g * per_gate + v) * kLanes);
     }
     state[0] = args_.w_hr ? V{} : load(h + b * s_.h_row + unit);
+    RNNFAST_UNROLL
     for (int k = 1; k < Cell::kStates; ++k) state[k] = load_part(inner_state(k, b) + unit, left);
 
     Cell::forward(gates_x, gates_h, state, kept);
 
+    RNNFAST_UNROLL
+
     for (int k = 1; k < Cell::kStates; ++k) store_part(inner_state(k, b) + unit, state[k], left);
     if (args_.saved) {
       acc_t* plane = args_.saved + row * planes_ * args_.hidden_size + unit;
+      RNNFAST_UNROLL
       for (int k = 0; k < Cell::kSaved; ++k, plane += args_.hidden_size)
         store_part(plane, kept[k], left);
+      RNNFAST_UNROLL
       for (int k = 1; k < Cell::kStates; ++k, plane += args_.hidden_size)
         store_part(plane, state[k], left);
       if (args_.w_hr) store_part(plane, state[0], left);

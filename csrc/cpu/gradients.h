@@ -144,8 +144,8 @@ class GradientPass {
       pack_left(rows, height, left + m, left_row, a);
       for (const Right& right : rights) {
         if (!right.out) continue;
-        for (int64_t i = 0; i < height; i += kTileRows)
-          for (int64_t p = 0; p < right.panels.count(); ++p)
+        for (int64_t p = 0; p < right.panels.count(); ++p)
+          for (int64_t i = 0; i < height; i += kTileRows)
             multiply_columns(smaller(kTileRows, height - i), right.panels.valid(p), !first,
                              Operands<scalar_t>{rows, a + tile_offset(i, rows), 1, kTileRows,
                                                 right.packed + right.panels.offset(p) * rows,
@@ -170,10 +170,13 @@ class GradientPass {
   void pack_left(int64_t rows, int64_t height, const scalar_t* left, int64_t left_row,
                  scalar_t* a) {
     constexpr int64_t kTileRows = max_rows(kMaxVectors);
-    for (int64_t k = 0; k < rows; ++k)
-      for (int64_t i = 0; i < height; i += kTileRows)
-        for (int64_t v = 0; v < kTileRows; v += kLanes)
-          store(a + tile_offset(i, rows) + k * kTileRows + v, load(left + k * left_row + i + v));
+    const int64_t tile = tile_offset(kTileRows, rows);
+    for (int64_t k = 0; k < rows; ++k) {
+      const scalar_t* from = left + k * left_row;
+      scalar_t* to = a + k * kTileRows;
+      for (int64_t i = 0; i < height; i += kTileRows, from += kTileRows, to += tile)
+        for (int64_t v = 0; v < kTileRows; v += kLanes) store(to + v, load(from + v));
+    }
   }
 
   // Adds the values of the chunk's rows to out (or to nothing, if first): in partial sums of 64
