@@ -165,6 +165,26 @@ class BackwardPass {
     if (mine_.by_units) barrier(worker_);
   }
 
+  // What the cell will read of the same sequence at the step that comes next: forward wrote it long
+  // ago, and it lies far away.
+  struct RowAhead {
+    const scalar_t *saved = nullptr, *y = nullptr, *dy = nullptr;
+    void fetch(int64_t unit, int planes, int64_t hidden_size) const {
+      for (int k = 0; k < planes; ++k) __builtin_prefetch(saved + k * hidden_size + unit, 0, 2);
+      __builtin_prefetch(y + unit, 0, 2);
+      if (dy) __builtin_prefetch(dy + unit, 0, 2);
+    }
+  };
+
+  RowAhead row_ahead(int64_t t, int64_t b) const {
+    const int64_t next = previous(args_, t);
+    if (next < 0 || next >= args_.seq_len || b >= active(args_, next)) return {};
+    const int64_t row = first_row(args_, next) + b;
+    return {saved_plane(row, 0), args_.y + row * args_.output_size,
+            args_.dy.data && !args_.w_hr ? step_of(args_, args_.dy, next) + b * args_.dy.row_stride
+                                         : nullptr};
+  }
+
   // The cell's backward for one row and the own units, in
   // order: what forward kept is read as a few streams.
   void cell_row(int64_t t, int64_t b, int64_t chunk_row) {
@@ -175,16 +195,9 @@ class BackwardPass {
     const scalar_t* before[Cell::kStates];
     for (int k = 0; k < Cell::kStates; ++k) before[k] = state_before(k, t, b);
     const Range units = columns_of(units_, mine_.panels);
-    // Of the row of the step that comes next, as far as it is a whole batch away.
-    const int64_t ahead = (args_.reverse ? 1 : -1) * args_.batch;
-    const int64_t next = layer_row + ahead;
-    const bool fetch = !args_.batch_sizes && next >= 0 && next < args_.rows;
+    const RowAhead ahead = row_ahead(t, b);
     for (int64_t unit = units.begin; unit < units.end; unit += kLanes) {
-      if (fetch) {
-        const scalar_t* line = saved_plane(next, 0) + unit;
-        for (int k = 0; k < planes_; ++k) __builtin_prefetch(line + k * args_.hidden_size, 0, 2);
-        __builtin_prefetch(args_.y + next * args_.output_size + unit, 0, 2);
-      }
+      if (ahead.saved) ahead.fetch(unit, planes_, args_.hidden_size);
       if (unit + kLanes <= args_.hidden_size)
         cell_vector<true>(unit, layer_row, b, chunk_row, dy, before);
       else
