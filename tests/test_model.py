@@ -29,8 +29,8 @@ def test_the_document_has_the_tables_of_today(tmp_path: Path) -> None:
     ("file", "name", "value"),
     [
         ("gemm.h", "kMaxVectors", model.PANEL_VECTORS),
-        ("forward.h", "kForwardChunkRows", model.FORWARD_CHUNK),
-        ("backward.h", "kBackwardChunkRows", model.BACKWARD_CHUNK),
+        ("../core/choose_engine.h", "kForwardChunkRows", model.FORWARD_CHUNK),
+        ("../core/choose_engine.h", "kBackwardChunkRows", model.BACKWARD_CHUNK),
     ],
 )
 def test_constants_are_those_of_the_kernels(file: str, name: str, value: int) -> None:

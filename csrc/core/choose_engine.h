@@ -52,7 +52,8 @@ struct Estimate {
 
 // Rows that a pass handles together: of the input projection, whose result stays in the second
 // cache, and of the weights' gradients, as the depth of their products (which decides their bits).
-constexpr int64_t kForwardChunkRows = 128, kBackwardChunkRows = 512;
+constexpr int64_t kForwardChunkRows = 128;
+constexpr int64_t kBackwardChunkRows = 512;
 
 struct Choice {
   int threads;

@@ -9,6 +9,8 @@
 // after the cell.
 #pragma once
 
+#include <type_traits>
+
 #include "row_product.h"
 #include "share.h"
 
@@ -196,61 +198,87 @@ class BackwardPass {
     for (int k = 0; k < Cell::kStates; ++k) before[k] = state_before(k, t, b);
     const Range units = columns_of(units_, mine_.panels);
     const RowAhead ahead = row_ahead(t, b);
-    for (int64_t unit = units.begin; unit < units.end; unit += kLanes) {
+    for (int64_t unit = units.begin; unit < units.end;) {
+      const int64_t left = args_.hidden_size - unit;
       if (ahead.saved) ahead.fetch(unit, planes_, args_.hidden_size);
-      if (unit + kLanes <= args_.hidden_size)
-        cell_vector<true>(unit, layer_row, b, chunk_row, dy, before);
+      if (unit + kLanes < units.end && left >= 2 * kLanes) {
+        if (ahead.saved) ahead.fetch(unit + kLanes, planes_, args_.hidden_size);
+        cell_vector<pair_of<scalar_t>>(unit, 2 * kLanes, layer_row, b, chunk_row, dy, before);
+        unit += 2 * kLanes;
+        continue;
+      }
+      // A whole vector needs no count.
+      if (left >= kLanes)
+        cell_vector<V>(unit, kLanes, layer_row, b, chunk_row, dy, before);
       else
-        cell_vector<false>(unit, layer_row, b, chunk_row, dy, before);
+        cell_vector<V>(unit, left, layer_row, b, chunk_row, dy, before);
+      unit += kLanes;
     }
   }
 
-  // kWhole: the vector ends within the layer, so that its loads and stores need no count.
-  template <bool kWhole>
-  RNNFAST_HD void cell_vector(int64_t unit, int64_t layer_row, int64_t b, int64_t chunk_row,
-                              const scalar_t* dy, const scalar_t* const (&before)[Cell::kStates]) {
-    const int64_t left = kWhole ? kLanes : args_.hidden_size - unit;
-    V kept[at_least_one<Cell::kSaved>], prev[Cell::kStates], next[Cell::kStates],
+  // W: a vector, of which the layer has `left` lanes, or a whole pair.
+  template <class W>
+  RNNFAST_HD void cell_vector(int64_t unit, int64_t left, int64_t layer_row, int64_t b,
+                              int64_t chunk_row, const scalar_t* dy,
+                              const scalar_t* const (&before)[Cell::kStates]) {
+    W kept[at_least_one<Cell::kSaved>], prev[Cell::kStates], next[Cell::kStates],
         dstate[Cell::kStates];
-    V dgx[Cell::kGates], dgh[Cell::kGates];
+    W dgx[Cell::kGates], dgh[Cell::kGates];
     RNNFAST_UNROLL
     for (int k = 0; k < Cell::kSaved; ++k)
-      kept[k] = load_part(saved_plane(layer_row, k) + unit, left);
-    prev[0] = next[0] = V{};
+      kept[k] = load_units<W>(saved_plane(layer_row, k) + unit, left);
+    prev[0] = next[0] = W{};
     RNNFAST_UNROLL
     for (int k = args_.w_hr ? 1 : 0; k < Cell::kStates; ++k) {
-      prev[k] = before[k] ? load_part(before[k] + unit, left) : V{};
-      next[k] = load_part(k == 0 ? args_.y + layer_row * args_.output_size + unit
-                                 : saved_plane(layer_row, Cell::kSaved + k - 1) + unit,
-                          left);
+      prev[k] = before[k] ? load_units<W>(before[k] + unit, left) : W{};
+      next[k] = load_units<W>(k == 0 ? args_.y + layer_row * args_.output_size + unit
+                                     : saved_plane(layer_row, Cell::kSaved + k - 1) + unit,
+                              left);
     }
     if (args_.w_hr) {
       // prev[0] is of another size; a cell with a projection does not look at it.
-      next[0] = load_part(hidden_of(layer_row) + unit, left);
-      dstate[0] = load(s_.dm + b * units_.padded() + unit);
+      next[0] = load_units<W>(hidden_of(layer_row) + unit, left);
+      dstate[0] = load_units<W>(s_.dm + b * units_.padded() + unit, left);
     } else {
-      dstate[0] = load_part(s_.dh + b * args_.output_size + unit, left);
-      if (dy) dstate[0] += load_part(dy + unit, left);
+      dstate[0] = load_units<W>(s_.dh + b * args_.output_size + unit, left);
+      if (dy) dstate[0] += load_units<W>(dy + unit, left);
     }
     RNNFAST_UNROLL
     for (int k = 1; k < Cell::kStates; ++k)
-      dstate[k] = load_part(inner_gradient(k, b) + unit, left);
+      dstate[k] = load_units<W>(inner_gradient(k, b) + unit, left);
 
     Cell::backward(kept, prev, next, dstate, dgx, dgh);
 
     RNNFAST_UNROLL
-
     for (int g = 0; g < Cell::kGates; ++g) {
       const int64_t at = chunk_row * s_.gate_row + g * args_.hidden_size + unit;
-      store_part(s_.dgx + at, dgx[g], left);
-      if (Cell::kSplitGates) store_part(s_.dgh + at, dgh[g], left);
+      store_units(s_.dgx + at, dgx[g], left);
+      if (Cell::kSplitGates) store_units(s_.dgh + at, dgh[g], left);
     }
     if constexpr (Cell::kRecurrence == Recurrence::kDiagonal)
-      dstate[0] += dgh[0] * load_part(args_.w_hh + unit, left);
-    if (!args_.w_hr) store_part(s_.dh + b * args_.output_size + unit, dstate[0], left);
+      dstate[0] += dgh[0] * load_units<W>(args_.w_hh + unit, left);
+    if (!args_.w_hr) store_units(s_.dh + b * args_.output_size + unit, dstate[0], left);
     RNNFAST_UNROLL
     for (int k = 1; k < Cell::kStates; ++k)
-      store_part(inner_gradient(k, b) + unit, dstate[k], left);
+      store_units(inner_gradient(k, b) + unit, dstate[k], left);
+  }
+
+  template <class W>
+  RNNFAST_HD static W load_units(const scalar_t* from, int64_t left) {
+    if constexpr (std::is_same_v<W, V>) {
+      return load_part(from, left);
+    } else {
+      W pair;
+      __builtin_memcpy(&pair, from, sizeof(pair));
+      return pair;
+    }
+  }
+  template <class W>
+  RNNFAST_HD static void store_units(scalar_t* to, W values, int64_t left) {
+    if constexpr (std::is_same_v<W, V>)
+      store_part(to, values, left);
+    else
+      __builtin_memcpy(to, &values, sizeof(values));
   }
 
   scalar_t* inner_gradient(int k, int64_t b) const {

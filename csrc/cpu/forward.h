@@ -7,79 +7,10 @@
 // that one barrier a step is enough.
 #pragma once
 
-#include "packed_layout.h"
-#include "share.h"
+#include "forward_scratch.h"
 
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
-
-template <class Format>
-struct ForwardScratch {
-  using acc_t = typename Format::acc_t;
-  using weight_t = typename Format::weight_t;
-  using operand_t = typename Format::operand_t;
-  PackedMatrix<Format> w_ih, w_hh, w_hr;  // panels null where the direct kernel runs
-  weight_t *w_ih_out, *w_hh_out, *w_hr_out;
-  acc_t *b_ih, *b_hh;
-  acc_t* gx;    // (chunk rows, panels) in panel order
-  acc_t* h[2];  // (B, h_row)
-  acc_t* m;     // (B, m_row): h before the projection
-  acc_t* c;     // (S-1, B, H): inner states, c_n itself where that has the type
-  // Rows as products want them, for each worker: of a chunk of x, of h or m.
-  operand_t *x_rows, *h_rows;
-  float *x_scales, *h_scales;
-  int64_t h_row, m_row, gx_size, x_size, h_size, x_scales_size;
-};
-
-template <class Cell, class Format>
-ForwardScratch<Format> forward_scratch(const ForwardArgs<typename Format::tensor_t>& args,
-                                       const Choice& choice, Arena& arena) {
-  using acc_t = typename Format::acc_t;
-  using weight_t = typename Format::weight_t;
-  constexpr int64_t lanes = lanes_of<acc_t>;
-  const PackedLayout<Cell, Format> sizes(args.input_size, args.hidden_size, args.output_size,
-                                         args.w_hr != nullptr);
-  ForwardScratch<Format> s{};
-  s.h_row = divide_up(args.output_size, lanes) * lanes + lanes;
-  s.m_row = divide_up(args.hidden_size, lanes) * lanes + lanes;
-  if (args.packed) {
-    s.w_ih = sizes.matrix(args.packed, sizes.ih);
-    if (sizes.hh.elements) s.w_hh = sizes.matrix(args.packed, sizes.hh);
-    if (sizes.hr.elements) s.w_hr = sizes.matrix(args.packed, sizes.hr);
-  } else {
-    if (choice.kernel_ih == Kernel::kPacked)
-      s.w_ih.panels = s.w_ih_out = arena.take<weight_t>(sizes.ih.elements);
-    if (choice.kernel_hh == Kernel::kPacked) {
-      s.w_hh.panels = s.w_hh_out = arena.take<weight_t>(sizes.hh.elements);
-      if (args.w_hr) s.w_hr.panels = s.w_hr_out = arena.take<weight_t>(sizes.hr.elements);
-    }
-  }
-  s.w_ih.dot = args.dot_ih;
-  s.w_hh.dot = s.w_hr.dot = args.dot_hh;
-  s.b_ih = arena.take<acc_t>(sizes.gates.padded());
-  s.b_hh = arena.take<acc_t>(sizes.gates.padded());
-  // Workers that own rows are not always in the same chunk: each has a gx of its own.
-  const int64_t chunk_rows = chunk_capacity(args.rows, args.batch, choice.chunk_rows);
-  s.gx_size = chunk_rows * sizes.gates.padded();
-  s.gx = arena.take<acc_t>(s.gx_size * (choice.split == Split::kBatch ? choice.threads : 1));
-  s.h[0] = arena.take<acc_t>(args.batch * s.h_row);
-  s.h[1] = arena.take<acc_t>(args.batch * s.h_row);
-  if (args.w_hr) s.m = arena.take<acc_t>(args.batch * s.m_row);
-  if constexpr (std::is_same_v<acc_t, typename Format::tensor_t>)
-    s.c = args.c_n;
-  else
-    s.c = arena.take<acc_t>((Cell::kStates - 1) * args.batch * args.hidden_size);
-  if constexpr (converts_hidden<Format>) {
-    s.x_size = chunk_rows * operand_row<Format>(args.input_size);
-    s.h_size = args.batch * operand_row<Format>(larger(args.hidden_size, args.output_size));
-    s.x_rows = arena.take<typename Format::operand_t>(s.x_size * choice.threads);
-    s.h_rows = arena.take<typename Format::operand_t>(s.h_size * choice.threads);
-    s.x_scales_size = chunk_rows;
-    s.x_scales = arena.take<float>(chunk_rows * choice.threads);
-    s.h_scales = arena.take<float>(args.batch * choice.threads);
-  }
-  return s;
-}
 
 template <class Cell, class Format>
 class ForwardPass {
@@ -141,6 +72,8 @@ class ForwardPass {
   // Rows of a tile of the loop: its products stay in the first cache until the cell has read them.
   static constexpr int kTileRows = Format::kDot ? kDotRows : kMaxRows;
   using V = vector_of<acc_t>;
+  // Where a panel has one vector of a gate, the pairs of the cell are of two rows.
+  static constexpr bool kPairsOfRows = Cell::kGates > 1;
 
   // Rows that enter a product, and (bytes only) their scales.
   struct Operand {
@@ -368,7 +301,8 @@ class ForwardPass {
       const int limit = Format::kDot ? kTileRows : max_rows(gates_.vectors(p));
       for_row_tiles(count, limit, [&](int64_t row, int height) {
         const int64_t b = mine_.rows.begin + row;
-        fetch_saved(p, first_row(args_, t) + b, height);
+        const acc_t* gx = gx_ + (first + row) * gx_row_ + gates_.offset(p);
+        fetch_rows(p, first_row(args_, t) + b, b, height, gx);
         if constexpr (Cell::kRecurrence == Recurrence::kDense) {
           gate_product(p, height, args_.output_size,
                        {a.rows + row * a.row, a.row, a.scales ? a.scales + row : nullptr}, s_.w_hh,
@@ -376,19 +310,27 @@ class ForwardPass {
         } else {
           diagonal_product(p, height, h + b * s_.h_row, gh);
         }
-        for (int r = 0; r < height; ++r)
-          cell_row(p, t, b + r, gx_ + (first + row + r) * gx_row_ + gates_.offset(p), gh[r], h,
-                   h_next);
+        int r = 0;
+        if constexpr (kPairsOfRows)
+          for (; r + 1 < height; r += 2)
+            cell_rows<2>(p, t, b + r, gx + r * gx_row_, gh[r], h, h_next);
+        for (; r < height; ++r) cell_rows<1>(p, t, b + r, gx + r * gx_row_, gh[r], h, h_next);
       });
     }
     ++sweep_;
   }
 
-  // Asks for the lines that the cell will write behind this
-  // product, so that its stores do not wait for memory.
-  void fetch_saved(int64_t p, int64_t row, int height) {
+  // Asks for the lines that the cell will read and write behind this product, so that it does not
+  // wait for them: their rows lie a page apart, where no processor guesses them.
+  void fetch_rows(int64_t p, int64_t row, int64_t b, int height, const acc_t* gx) {
+    const int64_t unit = gates_.first(p);
+    for (int r = 0; r < height; ++r) {
+      for (int v = 0; v < gates_.vectors(p); ++v)
+        __builtin_prefetch(gx + r * gx_row_ + v * kLanes, 0);
+      for (int k = 1; k < Cell::kStates; ++k) __builtin_prefetch(inner_state(k, b + r) + unit, 1);
+    }
     if (!args_.saved) return;
-    const acc_t* line = args_.saved + row * planes_ * args_.hidden_size + gates_.first(p);
+    const acc_t* line = args_.saved + row * planes_ * args_.hidden_size + unit;
     for (int i = 0; i < height * planes_; ++i) __builtin_prefetch(line + i * args_.hidden_size, 1);
   }
 
@@ -403,58 +345,100 @@ class ForwardPass {
     }
   }
 
-  // The cell for one row and the units of one panel; writes the new states, y and what backward
-  // needs.
-  void cell_row(int64_t p, int64_t t, int64_t b, const acc_t* gx, const acc_t* gh, const acc_t* h,
-                acc_t* h_next) {
-    const bool last = is_last(t, b);
-    for (int v = 0; v < gates_.vectors_per_gate(p); ++v) {
-      if (gates_.first(p) + (v + 1) * kLanes <= args_.hidden_size)
-        cell_vector<true>(p, v, first_row(args_, t) + b, b, last, gx, gh, h, h_next);
+  // The cell for one row or two and the units of one panel; writes the new states, y and what
+  // backward needs.
+  template <int kRows>
+  void cell_rows(int64_t p, int64_t t, int64_t b, const acc_t* gx, const acc_t* gh, const acc_t* h,
+                 acc_t* h_next) {
+    const int64_t row = first_row(args_, t) + b;
+    bool last[kRows];
+    for (int r = 0; r < kRows; ++r) last[r] = is_last(t, b + r);
+    const int vectors = gates_.vectors_per_gate(p);
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t left = args_.hidden_size - gates_.first(p) - v * kLanes;
+      if constexpr (!kPairsOfRows)
+        if (v + 1 < vectors && left >= 2 * kLanes) {
+          cell_vectors<true, kRows, 2>(p, v++, row, b, last, gx, gh, h, h_next);
+          continue;
+        }
+      if (left >= kLanes)
+        cell_vectors<true, kRows, 1>(p, v, row, b, last, gx, gh, h, h_next);
       else
-        cell_vector<false>(p, v, first_row(args_, t) + b, b, last, gx, gh, h, h_next);
+        cell_vectors<false, kRows, 1>(p, v, row, b, last, gx, gh, h, h_next);
     }
   }
 
-  // kWhole: the vector ends within the layer, so that its loads and stores need no count.
-  template <bool kWhole>
-  RNNFAST_HD void cell_vector(int64_t p, int v, int64_t row, int64_t b, bool last, const acc_t* gx,
-                              const acc_t* gh, const acc_t* h, acc_t* h_next) {
+  // One vector or a pair: of two rows, or side by side in one. kWhole: it ends within the layer, so
+  // that its loads and stores need no count.
+  template <bool kWhole, int kRows, int kSide>
+  RNNFAST_HD void cell_vectors(int64_t p, int v, int64_t row, int64_t b, const bool (&last)[kRows],
+                               const acc_t* gx, const acc_t* gh, const acc_t* h, acc_t* h_next) {
+    static_assert(kRows == 1 || kSide == 1, "a pair has two vectors");
+    using W = std::conditional_t<kRows * kSide == 2, pair_of<acc_t>, V>;
     const int per_gate = gates_.vectors_per_gate(p);
     const int64_t unit = gates_.first(p) + v * kLanes;
     const int64_t left = kWhole ? kLanes : args_.hidden_size - unit;
-    V gates_x[Cell::kGates], gates_h[Cell::kGates], state[Cell::kStates];
-    V kept[at_least_one<Cell::kSaved>];
+    // `count` lanes of the vector, or of each of the pair, in rows `stride` apart.
+    const auto take = [&](const acc_t* from, int64_t stride, int64_t count) {
+      V part[kRows * kSide];
+      RNNFAST_UNROLL
+      for (int i = 0; i < kRows * kSide; ++i)
+        part[i] = load_part(from + (kRows == 2 ? i * stride : i * kLanes), count);
+      W values;
+      __builtin_memcpy(&values, part, sizeof(values));
+      return values;
+    };
+    const auto put = [&](auto* to, int64_t stride, int64_t count, W values) {
+      V part[kRows * kSide];
+      __builtin_memcpy(part, &values, sizeof(values));
+      RNNFAST_UNROLL
+      for (int i = 0; i < kRows * kSide; ++i)
+        store_narrow_part(to + (kRows == 2 ? i * stride : i * kLanes), part[i], count);
+    };
+
+    W gates_x[Cell::kGates], gates_h[Cell::kGates], state[Cell::kStates];
+    W kept[at_least_one<Cell::kSaved>];
     RNNFAST_UNROLL
     for (int g = 0; g < Cell::kGates; ++g) {
-      gates_x[g] = load(gx + (g * per_gate + v) * kLanes);
-      gates_h[g] = load(gh + (g * per_gate + v) * kLanes);
+      // Whole vectors: panels and h are padded.
+      const int64_t at = (g * per_gate + v) * kLanes;
+      gates_x[g] = take(gx + at, gx_row_, kLanes);
+      gates_h[g] = take(gh + at, kMaxVectors * kLanes, kLanes);
     }
-    state[0] = args_.w_hr ? V{} : load(h + b * s_.h_row + unit);
+    state[0] = args_.w_hr ? W{} : take(h + b * s_.h_row + unit, s_.h_row, kLanes);
     RNNFAST_UNROLL
-    for (int k = 1; k < Cell::kStates; ++k) state[k] = load_part(inner_state(k, b) + unit, left);
+    for (int k = 1; k < Cell::kStates; ++k)
+      state[k] = take(inner_state(k, b) + unit, args_.hidden_size, left);
 
     Cell::forward(gates_x, gates_h, state, kept);
 
     RNNFAST_UNROLL
-
-    for (int k = 1; k < Cell::kStates; ++k) store_part(inner_state(k, b) + unit, state[k], left);
+    for (int k = 1; k < Cell::kStates; ++k)
+      put(inner_state(k, b) + unit, args_.hidden_size, left, state[k]);
     if (args_.saved) {
-      acc_t* plane = args_.saved + row * planes_ * args_.hidden_size + unit;
+      const int64_t stride = planes_ * args_.hidden_size;
+      acc_t* plane = args_.saved + row * stride + unit;
       RNNFAST_UNROLL
       for (int k = 0; k < Cell::kSaved; ++k, plane += args_.hidden_size)
-        store_part(plane, kept[k], left);
+        put(plane, stride, left, kept[k]);
       RNNFAST_UNROLL
       for (int k = 1; k < Cell::kStates; ++k, plane += args_.hidden_size)
-        store_part(plane, state[k], left);
-      if (args_.w_hr) store_part(plane, state[0], left);
+        put(plane, stride, left, state[k]);
+      if (args_.w_hr) put(plane, stride, left, state[0]);
     }
     if (args_.w_hr) {
-      store(s_.m + b * s_.m_row + unit, state[0]);
-    } else {
-      store(h_next + b * s_.h_row + unit, state[0]);
-      store_narrow_part(args_.y + row * args_.output_size + unit, state[0], left);
-      if (last) store_narrow_part(args_.h_n + b * args_.output_size + unit, state[0], left);
+      put(s_.m + b * s_.m_row + unit, s_.m_row, kLanes, state[0]);
+      return;
+    }
+    put(h_next + b * s_.h_row + unit, s_.h_row, kLanes, state[0]);
+    put(args_.y + row * args_.output_size + unit, args_.output_size, left, state[0]);
+    for (int r = 0; r < kRows; ++r) {
+      if (!last[r]) continue;
+      V part[kRows * kSide];
+      __builtin_memcpy(part, &state[0], sizeof(state[0]));
+      for (int i = 0; i < kSide; ++i)
+        store_narrow_part(args_.h_n + (b + r) * args_.output_size + unit + i * kLanes,
+                          part[r * kSide + i], left);
     }
   }
 

@@ -58,18 +58,58 @@ struct Lanes<Float64Vector> : DoubleConstants {
   using int_t = Int64Vector;
 };
 
+// Two vectors as one. The compiler works on both in turn, so that the long chains of the gate maths
+// overlap: one vector's would leave the units idle, and no processor looks far enough ahead.
+typedef float Float32Pair __attribute__((vector_size(2 * RNNFAST_VECTOR_BYTES)));
+typedef double Float64Pair __attribute__((vector_size(2 * RNNFAST_VECTOR_BYTES)));
+typedef int32_t Int32Pair __attribute__((vector_size(2 * RNNFAST_VECTOR_BYTES)));
+typedef int64_t Int64Pair __attribute__((vector_size(2 * RNNFAST_VECTOR_BYTES)));
+
+template <class Pair, class Half, class Constants>
+struct PairLanes : Constants {
+  template <Half (*operation)(Half, Half)>
+  RNNFAST_HD static Pair each(Pair a, Pair b) {
+    Half x[2], y[2], result[2];
+    __builtin_memcpy(x, &a, sizeof(a));
+    __builtin_memcpy(y, &b, sizeof(b));
+    for (int i = 0; i < 2; ++i) result[i] = operation(x[i], y[i]);
+    Pair pair;
+    __builtin_memcpy(&pair, result, sizeof(pair));
+    return pair;
+  }
+  RNNFAST_HD static Pair quotient(Pair n, Pair d) { return each<Lanes<Half>::quotient>(n, d); }
+  RNNFAST_HD static Pair maximum(Pair bound, Pair x) {
+    return each<Lanes<Half>::maximum>(bound, x);
+  }
+  RNNFAST_HD static Pair minimum(Pair bound, Pair x) {
+    return each<Lanes<Half>::minimum>(bound, x);
+  }
+};
+template <>
+struct Lanes<Float32Pair> : PairLanes<Float32Pair, Float32Vector, FloatConstants> {
+  using int_t = Int32Pair;
+};
+template <>
+struct Lanes<Float64Pair> : PairLanes<Float64Pair, Float64Vector, DoubleConstants> {
+  using int_t = Int64Pair;
+};
+
 template <class scalar_t>
 struct VectorOf;
 template <>
 struct VectorOf<float> {
   using type = Float32Vector;
+  using pair = Float32Pair;
 };
 template <>
 struct VectorOf<double> {
   using type = Float64Vector;
+  using pair = Float64Pair;
 };
 template <class scalar_t>
 using vector_of = typename VectorOf<scalar_t>::type;
+template <class scalar_t>
+using pair_of = typename VectorOf<scalar_t>::pair;
 
 template <class scalar_t>
 constexpr int64_t lanes_of = RNNFAST_VECTOR_BYTES / static_cast<int64_t>(sizeof(scalar_t));
