@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import json
@@ -60,18 +61,20 @@ class Entry:
 
     name: str
     call: Callable[[], Any]
+    mode: Callable[[], Any] = contextlib.nullcontext
     loops: int = 1
     seconds: float = 0.0  # of one call, as estimated before the rounds
     samples: list[float] = field(default_factory=list)
 
     def estimate(self) -> None:
         """Warm up, and choose how many calls make a sample."""
-        self.call()
-        start, count = time.perf_counter(), 0
-        while count < 1 or (time.perf_counter() - start < 5e-3 and count < 1000):
+        with self.mode():
             self.call()
-            count += 1
-        self.seconds = (time.perf_counter() - start) / count
+            start, count = time.perf_counter(), 0
+            while count < 1 or (time.perf_counter() - start < 5e-3 and count < 1000):
+                self.call()
+                count += 1
+            self.seconds = (time.perf_counter() - start) / count
         self.loops = max(1, round(MIN_SAMPLE / self.seconds))
 
     @property
@@ -81,12 +84,13 @@ class Entry:
 
     def measure(self) -> None:
         call, loops = self.call, self.loops
-        for _ in range(max(1, loops // 4)):  # wakes the thread pool and brings the weights back
-            call()
-        start = time.perf_counter()
-        for _ in range(loops):
-            call()
-        self.samples.append((time.perf_counter() - start) / loops)
+        with self.mode():
+            for _ in range(max(1, loops // 4)):  # wakes the thread pool, brings the weights back
+                call()
+            start = time.perf_counter()
+            for _ in range(loops):
+                call()
+            self.samples.append((time.perf_counter() - start) / loops)
 
     @property
     def ms(self) -> float:
@@ -240,8 +244,8 @@ class Comparison:
         mine = [name for name in (self.ours.name, frozen_name) if name in built]
         if not mine:
             return
-        entries = [Entry(name, peer.call) for name, peer in built.items()]
-        entries += [Entry(name + AGAIN, built[name].call) for name in mine]
+        entries = [Entry(name, peer.inner, peer.mode) for name, peer in built.items()]
+        entries += [Entry(name + AGAIN, built[name].inner, built[name].mode) for name in mine]
         gc.collect()
         gc.disable()
         try:
@@ -257,7 +261,7 @@ class Comparison:
                 if other not in mine and (alone or peer.against_frozen == frozen)
             }
             one, other = times[name], times[name + AGAIN]
-            both = Entry(name, one.call, samples=one.samples + other.samples)
+            both = Entry(name, one.call, one.mode, samples=one.samples + other.samples)
             spread = {"ours": both.spread, "again": disagreement(one, other)}
             spread |= {key: entry.spread for key, entry in rivals.items()}
             used = getattr(built[name], "engine_used", None)

@@ -7,6 +7,7 @@ installed or can't do a shape raises `CantRun` with the reason in a word or two.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -60,6 +61,9 @@ class Peer:
     cells: tuple[str, ...] = ("lstm", "gru", "rnn")
     dtypes: tuple[str, ...] = ("float32",)
     call: Callable[[], Any]
+    # A stream enters its mode once: `inner`, under `mode`, is what is timed.
+    inner: Callable[[], Any]
+    mode: Callable[[], Any] = contextlib.nullcontext
 
     def __init__(self, problem: Problem, threads: int) -> None:
         self.problem = problem
@@ -71,6 +75,8 @@ class Peer:
         if shape.dtype not in self.dtypes:
             raise CantRun(f"no {shape.dtype}")
         self.build(threads)
+        if self.mode is contextlib.nullcontext:
+            self.inner = self.call
 
     def build(self, threads: int) -> None:
         """Makes `call`."""
@@ -89,6 +95,13 @@ class TorchModule(Peer):
 
     def make_module(self) -> nn.Module:
         raise NotImplementedError
+
+    def infer(self, inner: Callable[[], Any]) -> None:
+        def call() -> Any:
+            with torch.inference_mode():
+                return inner()
+
+        self.call, self.inner, self.mode = call, inner, torch.inference_mode
 
     def finish(self, module: nn.Module) -> nn.Module:
         """The module that is called, from the one that has the weights."""
@@ -130,11 +143,7 @@ class TorchModule(Peer):
         else:
             module.eval().requires_grad_(False)
 
-            def infer() -> Any:
-                with torch.inference_mode():
-                    return module(x, hx)
-
-            self.call = infer
+            self.infer(lambda: module(x, hx))
 
     def results(self) -> Results:
         problem = self.problem
@@ -196,11 +205,7 @@ class TorchCell(TorchModule):
         x = problem.x[0].to(self.dtype)
         state = tuple(h[0] for h in hx) if isinstance(hx, tuple) else hx[0]
 
-        def step() -> Any:
-            with torch.inference_mode():
-                return cell(x, state)
-
-        self.call = step
+        self.infer(lambda: cell(x, state))
 
     def results(self) -> Results:
         out = self.call()
@@ -294,11 +299,7 @@ class Rnnfast(TorchModule):
         module: Any = self.module
         x, hx = self.problem.x[0].to(self.dtype), self.hx()
 
-        def step() -> Any:
-            with torch.inference_mode():
-                return module.step(x, hx)
-
-        self.call = step
+        self.infer(lambda: module.step(x, hx))
 
     def results(self) -> Results:
         found = super().results()
@@ -316,8 +317,8 @@ class Rnnfast(TorchModule):
             with use_engine(**how):
                 super().build(threads)
                 self.prepare()
-                plain = self.call
-                plain()
+                plain, mode = self.inner, self.mode
+                self.call()
         except RuntimeError as error:
             raise CantRun(str(error).removeprefix("rnnfast: ")) from None
 
@@ -325,7 +326,9 @@ class Rnnfast(TorchModule):
             with use_engine(**how):
                 return plain()
 
-        self.call = forced
+        self.call = self.inner = forced
+        if mode is not contextlib.nullcontext:
+            self.infer(forced)
 
     def engine_used(self) -> str:
         """What the last call ran, as the library itself tells it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import is_
+from operator import attrgetter, is_
 from typing import NoReturn
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from . import engine, ops
 from ._checks import DTYPES
+from ._step_plan import StepPlan
 from .cells import CellSpec
+
+_address, _version = Tensor.data_ptr, attrgetter("_version")
 
 
 def why_not(parameters: Mapping[str, Tensor | None], names: Sequence[str]) -> str | None:
@@ -56,6 +59,8 @@ class Frozen:
         self._state = self._look(weights)
         self._isa_changes = engine.isa_changes
         self._isa = engine.active_isa()
+        self._spec = spec
+        self._plan: StepPlan | None = None
         self._packed: list[Tensor] = []
         with torch.no_grad():
             for i in range(count):
@@ -63,7 +68,7 @@ class Frozen:
                 self._packed.append(ops.pack(w[0], w[1], w[-1] if each % 2 else None, spec.id))
 
     def _look(self, weights: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-        return [w.data_ptr() for w in weights], [w._version for w in self._versioned]
+        return list(map(_address, weights)), list(map(_version, self._versioned))
 
     def _changed(self, state: tuple[list[int], list[int]]) -> list[str]:
         names = dict(zip(map(id, self.weights), self._names, strict=True))
@@ -78,6 +83,13 @@ class Frozen:
             f"rnnfast: {names[0]} was {what} since freeze(); call freeze() again, or unfreeze()"
         )
 
+    def step_plan(self, bias: bool) -> StepPlan:
+        """How a step of the layer, which has one direction, runs without operators."""
+        plan = self._plan
+        if plan is None:
+            plan = self._plan = StepPlan(self._spec, self._memory, self._packed, bias)
+        return plan
+
     def bytes(self, index: int) -> int:
         """What the packed weights of one layer and direction take."""
         return self._packed[index].nbytes
@@ -88,9 +100,12 @@ class Frozen:
         if not all(map(is_, self.weights, map(parameters.get, self._names))):
             replaced = [n for n, w in zip(self._names, self.weights) if parameters.get(n) is not w]
             self._raise(replaced, "replaced")
-        state = self._look(self.weights)
-        if state != self._state:
-            self._raise(self._changed(state), "changed")
+        weights = self.weights
+        if (
+            list(map(_address, weights)) != self._state[0]
+            or list(map(_version, self._versioned)) != self._state[1]
+        ):
+            self._raise(self._changed(self._look(weights)), "changed")
         if engine.isa_changes != self._isa_changes:
             if engine.active_isa() != self._isa:
                 raise RuntimeError(

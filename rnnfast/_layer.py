@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import _run, _step
 from ._freeze import Frozen, why_not
+from ._step_plan import StepPlan
 from .cells import CellSpec, cell_spec
 
 SPECS: dict[str, CellSpec] = {
@@ -48,6 +49,13 @@ class Layer(nn.RNNBase):
             # a frozen layer's checks of memory and versions can't be traced
             return self._weights(), None
         return frozen.weights, frozen.packed(self._parameters)
+
+    def _step_plan(self) -> StepPlan | None:
+        frozen = self._frozen
+        if frozen is None:
+            return None
+        frozen.packed(self._parameters)  # or an error: other weights
+        return frozen.step_plan(self.bias)
 
     def forward(self, input: Any, hx: Any = None, reset: Any = None) -> tuple[Any, Any]:
         """Run the layer.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _reset, _run, engine, ops
+from ._step_plan import nothing_is_watching
 from .cells import CellSpec
 
 _forward = ops.forward
@@ -20,6 +21,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _is_inference = torch.is_inference_mode_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_tracing = torch._C._get_tracing_state
 
 
 def _text(value: Any) -> str:
@@ -47,6 +49,7 @@ def _short_way(
         or _transforms_active()
         or _is_any_autocast_enabled()
         or forward_ad._current_level >= 0
+        or _tracing() is not None
     ):
         return None
     batched = input.dim() == 2
@@ -135,8 +138,20 @@ def _checked_states(
 
 def step(layer: Any, spec: CellSpec, input: Any, state: Any, reset: Any) -> tuple[Tensor, Any]:
     """What Layer.step does."""
+    compiling = _is_compiling()
+    if (
+        not compiling
+        and engine.forced == "auto"
+        and not layer.bidirectional
+        and not (layer.training and layer.dropout > 0)
+        and nothing_is_watching()
+    ):
+        plan = layer._step_plan()
+        done = None if plan is None else plan.run(input, state, reset)
+        if done is not None:
+            return done
     weights, packed = layer._current()
-    if not _is_compiling():
+    if not compiling:
         short = _short_way(layer, spec, input, state, reset, weights, packed)
         if short is not None:
             return short

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from . import _run, _step, engine, ops
 from ._checks import DTYPES
 from ._layer import spec_of
+from ._step_plan import StepPlan
 from .modules import GRU, LSTM, RNN, IndRNN
 
 __all__ = ["QuantizedGRU", "QuantizedIndRNN", "QuantizedLSTM", "QuantizedRNN", "quantize"]
@@ -52,6 +53,8 @@ class Quantized(nn.Module):
         self.dropout = 0.0  # inference only
         self._names: tuple[str, ...] = tuple(source._flat_weights_names)
         self._packed: list[Tensor] | None = None
+        self._plan: StepPlan | None = None
+        self._planned_for: list[Tensor] | None = None
         self._views: list[Tensor] | None = None
         self._isa_changes = -1
         self._made_from: list[tuple[int, int]] = []
@@ -141,6 +144,14 @@ class Quantized(nn.Module):
             self._views = self._shapes()
         return self._views, packed
 
+    def _step_plan(self) -> StepPlan:
+        weights, packed = self._current()
+        assert packed is not None
+        if self._plan is None or self._planned_for is not packed:
+            self._plan = StepPlan(self._spec, weights, packed, self.bias)
+            self._planned_for = packed
+        return self._plan
+
     def forward(self, input: Any, hx: Any = None, reset: Any = None) -> tuple[Any, Any]:
         """As the layer that was quantized; input and states are float32.
 
@@ -162,11 +173,12 @@ class Quantized(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._packed = self._views = None
+        self._packed = self._views = self._plan = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_packed"] = state["_views"] = None  # belongs to this machine's instruction set
+        # they belong to this process and its instruction set
+        state["_packed"] = state["_views"] = state["_plan"] = state["_planned_for"] = None
         return state
 
     def extra_repr(self) -> str:

@@ -1,0 +1,191 @@
+"""A frozen layer's step without operators: addresses go straight to the engine. An operator's way
+from Python and back takes longer than the step of a small layer."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import engine
+from ._library import library_path
+from .cells import CellSpec
+
+_is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_transforms_active = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_is_profiled = torch._C._autograd._profiler_enabled
+_empty, _empty_like = torch.empty, torch.empty_like
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("input_size", "hidden_size", "output_size")),
+        *((name, ctypes.c_void_p) for name in ("w_hh", "b_ih", "b_hh", "w_hr", "packed")),
+        ("packed_bytes", ctypes.c_int64),
+    )
+
+
+_library = ctypes.CDLL(str(library_path()))
+_make = _library.rnnfast_make_step_plan
+_make.argtypes = (*(ctypes.c_int,) * 3, ctypes.c_int64, ctypes.POINTER(_Layer))
+_make.restype = ctypes.c_void_p
+_free = _library.rnnfast_free_step_plan
+_free.argtypes, _free.restype = (ctypes.c_void_p,), None
+_run = _library.rnnfast_step
+_run.argtypes = (ctypes.c_void_p, ctypes.c_int64, *(ctypes.c_void_p,) * 7)
+_run.restype = ctypes.c_int
+
+
+def _is_plain(tensor: Any, dtype: torch.dtype, shape: torch.Size) -> bool:
+    """Whether its address, with this type and shape, says all there is to know of a tensor."""
+    return (
+        type(tensor) is Tensor
+        and tensor.dtype is dtype
+        and tensor.shape == shape
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+    )
+
+
+def nothing_is_watching() -> bool:
+    """Whether nobody differentiates, traces, casts, counts or overrides operators."""
+    return not (
+        _is_grad_enabled()
+        or _is_any_autocast_enabled()
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+        or _tracing() is not None
+        or _dispatch_modes()
+        or _function_modes()
+        or _is_profiled()
+    )
+
+
+class StepPlan:
+    """The addresses and sizes of a layer's packed weights. ``weights`` (of all layers, one
+    direction) and ``packed`` must stay where they are while it lives."""
+
+    def __init__(
+        self,
+        spec: CellSpec,
+        weights: Sequence[Tensor],
+        packed: Sequence[Tensor],
+        bias: bool,
+    ) -> None:
+        self._plan = None
+        count = len(packed)
+        each = len(weights) // count
+        layers = (_Layer * count)()
+        fits = True
+        for i, layer in enumerate(layers):
+            w = weights[i * each : (i + 1) * each]
+            layer.input_size, layer.hidden_size = w[0].size(1), w[0].size(0) // spec.gates
+            layer.output_size = w[-1].size(0) if each % 2 else layer.hidden_size
+            layer.w_hh = w[1].data_ptr()
+            layer.b_ih, layer.b_hh = (w[2].data_ptr(), w[3].data_ptr()) if bias else (None, None)
+            layer.w_hr = w[-1].data_ptr() if each % 2 else None
+            read = [*(w[2:4] if bias else ()), *(w[1:2] if spec.diagonal else ())]
+            fits = fits and all(
+                t.is_contiguous() and t.dtype == w[0].dtype and t.numel() == w[0].size(0)
+                for t in read
+            )
+            layer.packed, layer.packed_bytes = packed[i].data_ptr(), packed[i].nbytes
+        self.dtype = weights[0].dtype
+        self.states = spec.states
+        self._sizes = layers[0].input_size, layers[0].hidden_size, layers[0].output_size
+        self._count = count
+        self._x_shape = torch.Size()
+        if not fits:
+            return  # the operator copies, or says what is wrong
+        isa = engine.ISAS.index(engine.active_isa())
+        self._plan = _make(isa, spec.id, _DTYPES.index(self.dtype), count, layers)
+
+    def __del__(self) -> None:
+        if getattr(self, "_plan", None):
+            _free(self._plan)
+
+    def _prepare(self, shape: torch.Size) -> bool:
+        """For inputs of another shape, if it is one of this layer's."""
+        inputs, hidden, out = self._sizes
+        if len(shape) != 2 or shape[0] < 1 or shape[1] != inputs:
+            return False
+        batch = shape[0]
+        self._h_shape = torch.Size((self._count, batch, out))
+        self._c_shape = torch.Size((self._count, batch, hidden))
+        # of results: a copy of a tensor's form is made sooner than one from numbers
+        with torch.inference_mode(False):
+            self._like = tuple(
+                _empty(form, dtype=self.dtype, device="cpu")
+                for form in ((batch, out), self._h_shape, self._c_shape)
+            )
+        self._x_shape = shape
+        return True
+
+    def run(self, x: Any, state: Any, reset: Any) -> tuple[Tensor, Any] | None:
+        """(y, state), or None if this is not a call for it. For when nothing_is_watching()."""
+        dtype = self.dtype
+        if not (
+            type(x) is Tensor
+            and x.dtype is dtype
+            and x.is_cpu
+            and x.is_contiguous()
+            and not x.is_neg()
+            and self._plan
+        ):
+            return None
+        shape = x.shape
+        if shape != self._x_shape and not self._prepare(shape):
+            return None
+        h = c = None
+        h_at = c_at = reset_at = c_out_at = None
+        if state is not None:
+            if self.states == 1:
+                h = state
+            elif type(state) is tuple and len(state) == 2:
+                h, c = state
+                if not _is_plain(c, dtype, self._c_shape):
+                    return None
+                c_at = c.data_ptr()
+            else:
+                return None
+            if not _is_plain(h, dtype, self._h_shape):
+                return None
+            h_at = h.data_ptr()
+        if reset is not None:
+            if not _is_plain(reset, torch.bool, shape[:1]):
+                return None
+            reset_at = reset.data_ptr()
+        like_y, like_h, like_c = self._like
+        y, h_out = _empty_like(like_y), _empty_like(like_h)
+        state_out: Any = h_out
+        if self.states == 2:
+            c_out = _empty_like(like_c)
+            c_out_at = c_out.data_ptr()
+            state_out = h_out, c_out
+        x_at = x.data_ptr()
+        if not x_at or (h is not None and not h_at) or (c is not None and not c_at):
+            return None
+        if _run(
+            self._plan,
+            shape[0],
+            x_at,
+            h_at,
+            c_at,
+            reset_at,
+            y.data_ptr(),
+            h_out.data_ptr(),
+            c_out_at,
+        ):
+            return None
+        return y, state_out
