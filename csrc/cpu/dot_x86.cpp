@@ -38,20 +38,22 @@ struct PairsOfBFloat16 {
 };
 
 struct FourBytes {
-  using Sum = __m512i;
-  RNNFAST_AVX512_DOT static inline __attribute__((always_inline)) Sum zero() {
-    return _mm512_setzero_si512();
-  }
+  // Not __m512i, which may alias anything, so that gcc would keep every sum in memory; and the
+  // instruction by name, because gcc copies what its intrinsic adds to.
+  typedef int Sum __attribute__((vector_size(64)));
+  RNNFAST_AVX512_DOT static inline __attribute__((always_inline)) Sum zero() { return Sum{}; }
   RNNFAST_AVX512_DOT static inline __attribute__((always_inline)) Sum add(Sum sum, int a,
                                                                           __m512i w) {
-    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(a), w);
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(a)), "v"(w));
+    return sum;
   }
   RNNFAST_AVX512_DOT static inline __attribute__((always_inline)) __m512
   result(Sum sum, const DotOperands& o, int64_t row, int v) {
     const __m512i shift = _mm512_loadu_si512(o.unit_sum + 16 * v);
     const __m512 scale =
         _mm512_mul_ps(_mm512_set1_ps(o.row_scale[row]), _mm512_loadu_ps(o.unit_scale + 16 * v));
-    return _mm512_mul_ps(scale, _mm512_maskz_cvtepi32_ps(0xffff, _mm512_sub_epi32(sum, shift)));
+    return _mm512_mul_ps(scale,
+                         _mm512_maskz_cvtepi32_ps(0xffff, _mm512_sub_epi32((__m512i)sum, shift)));
   }
 };
 
@@ -76,7 +78,10 @@ RNNFAST_AVX512_DOT void dot_rows(const DotOperands& o, int64_t row) {
       for (int v = 0; v < kVectors; ++v) sum[r][v] = Kind::add(sum[r][v], group, units[v]);
     }
   }
+  // Unrolled, or the sums live in memory, during the loop above, too.
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       __m512 value = Kind::result(sum[r][v], o, row + r, v);
       if (o.start)
