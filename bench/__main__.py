@@ -146,7 +146,8 @@ def parser() -> argparse.ArgumentParser:
         "--engine",
         default="auto",
         choices=[
-            *("auto", "all", "packed", "direct", "serial", "batch", "units", "reference"),
+            *("auto", "all", "packed", "direct", "reference"),
+            *("serial", "batch", "units", "directions", "layers"),
             *("amx", "avx512_bf16", "avx512", "avx2", "neon", "portable"),
         ],
         help="force an engine of ours; all: each kernel and split beside the choice of the library",

@@ -35,7 +35,7 @@ QUIET_SLICE, QUIET_CPU, QUIET_USUAL, QUIET_MOST = 2e-3, 3e-4, 0.01, 0.1
 
 
 # what `--engine all` lays beside the choice of the library
-ALL = ("packed", "direct", "serial", "batch", "units")
+ALL = ("packed", "direct", "serial", "batch", "units", "directions", "layers")
 
 
 @dataclass(frozen=True)

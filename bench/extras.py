@@ -113,6 +113,37 @@ def uneven(rounds: int) -> list[Line]:
     return lines
 
 
+def side_by_side(rounds: int) -> list[Line]:
+    """Directions, and layers of a stack, at once against each of the other splits."""
+    lines = []
+    for cell, T, B, H, options, split in (
+        ("LSTM", 100, 1, 64, {"num_layers": 2}, "layers"),
+        ("GRU", 1000, 1, 64, {"num_layers": 2}, "layers"),
+        ("LSTM", 100, 1, 256, {"num_layers": 2}, "layers"),
+        ("LSTM", 100, 1, 256, {"bidirectional": True}, "directions"),
+        ("GRU", 100, 16, 256, {"bidirectional": True}, "directions"),
+    ):
+        layer, x = getattr(rnnfast, cell)(H, H, **options), torch.randn(T, B, H)
+        for mode in ("inference", "training"):
+
+            def run(how: str | None, mode: str = mode, layer: Any = layer, x: Any = x) -> Any:
+                with rnnfast.use_engine("auto" if how is None else "cpu", split=how):
+                    if mode == "training":
+                        return trained(layer, x)
+                    with torch.inference_mode():
+                        return layer(x)
+
+            splits = ("serial", *(("batch",) if B > 1 else ()), "units", split)
+            calls = {how: lambda how=how, run=run: run(how) for how in splits}  # type: ignore[misc]
+            calls["chosen"] = lambda run=run: run(None)  # type: ignore[misc]
+            ms = median_ms(calls, rounds)
+            best = min(ms[how] for how in splits[:-1])
+            found = f"{best / ms[split]:.2f}x, as chosen {best / ms['chosen']:.2f}x"
+            what = f"{split} at once over the best of {', '.join(splits[:-1])}, {cell} {mode}"
+            lines.append(Line(what, sizes(T, B, H), found, "the choice at least 1x"))
+    return lines
+
+
 _PEAK = """
 import sys, torch
 kind, cell, T, B, H, save = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:7])
@@ -177,14 +208,16 @@ def overhead(rounds: int) -> list[Line]:
             return run
 
         operator = torch.ops.rnnfast.forward.default
+        frozen = getattr(rnnfast, cell)(4, 4).freeze()
         ms = median_ms(
             {
+                "frozen": many(lambda layer=frozen, x=x, s=state: layer.step(x, s)),  # type: ignore[misc]
                 "step": many(lambda layer=layer, x=x, s=state: layer.step(x, s)),  # type: ignore[misc]
                 "operator": many(lambda op=operator, a=arguments: op(*a)),  # type: ignore[misc]
             },
             rounds,
         )
-        found = f"{ms['step']:.1f} us, the operator alone {ms['operator']:.1f}"
+        found = f"{ms['step']:.1f} us, frozen {ms['frozen']:.1f}; the operator {ms['operator']:.1f}"
         lines.append(Line(f"one step() of a layer of 4 units, {cell}", "T1 B1 H4", found, "15 us"))
     return lines
 
@@ -198,6 +231,7 @@ def measure(rounds: int) -> list[Line]:
     lines = scaling(rounds)
     torch.set_num_threads(before)
     lines += uneven(rounds)
+    lines += side_by_side(rounds)
     lines += overhead(rounds)
     return lines + memory()
 

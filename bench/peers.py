@@ -31,6 +31,8 @@ ENGINES: dict[str, dict[str, str]] = {
     "serial": {"name": "cpu", "split": "serial"},
     "batch": {"name": "cpu", "split": "batch"},
     "units": {"name": "cpu", "split": "units"},
+    "directions": {"name": "cpu", "split": "directions"},
+    "layers": {"name": "cpu", "split": "layers"},
     "amx": {"name": "cpu", "isa": "amx"},
     "avx512_bf16": {"name": "cpu", "isa": "avx512_bf16"},
     "avx512": {"name": "cpu", "isa": "avx512"},
@@ -312,6 +314,11 @@ class Rnnfast(TorchModule):
             super().build(threads)
             self.prepare()
             return
+        shape = self.problem.shape
+        if self.engine == "directions" and shape.directions == 1:
+            raise CantRun("one direction")
+        if self.engine == "layers" and (shape.layers == 1 or shape.directions == 2):
+            raise CantRun("no stack of one direction")
         use_engine, how = need("rnnfast").use_engine, ENGINES[self.engine]
         try:
             with use_engine(**how):

@@ -109,8 +109,10 @@ def _from_last_to_first(passes: Sequence[_OnePass], incoming: Any) -> list[Any]:
 
 
 def _may_run_at_once(passes: Sequence[_OnePass], incoming: Sequence[Any], chained: bool) -> bool:
-    """Whether each pass has gradients to take and to give, nobody will differentiate what becomes
-    of them, and they are one set of gradients, not a batch."""
+    """Whether each pass has gradients to take and to give, nobody will differentiate or trace what
+    becomes of them, and they are one set of gradients, not a batch."""
+    if torch.compiler.is_compiling():
+        return False
     given = [g for g in incoming if g is not None]
     takes = [any(g is not None for g in incoming[4 * i : 4 * i + 3]) for i in range(len(passes))]
     if chained:  # layers below the last have a gradient from above, and their own y has none

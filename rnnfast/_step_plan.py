@@ -22,7 +22,10 @@ _tracing = torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _is_profiled = torch._C._autograd._profiler_enabled
-_empty, _empty_like = torch.empty, torch.empty_like
+_empty, _empty_like, _strided = torch.empty, torch.empty_like, torch.strided
+
+# shapes of x, h and c, and a tensor as y, h and c will be
+_Forms = tuple[torch.Size, torch.Size, torch.Size, Tensor, Tensor, Tensor]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -53,6 +56,7 @@ def _is_plain(tensor: Any, dtype: torch.dtype, shape: torch.Size) -> bool:
         and tensor.dtype is dtype
         and tensor.shape == shape
         and tensor.is_cpu
+        and tensor.layout is _strided
         and tensor.is_contiguous()
         and not tensor.is_neg()
     )
@@ -73,8 +77,8 @@ def nothing_is_watching() -> bool:
 
 
 class StepPlan:
-    """The addresses and sizes of a layer's packed weights. ``weights`` (of all layers, one
-    direction) and ``packed`` must stay where they are while it lives."""
+    """The addresses and sizes of a layer's packed weights (``weights`` of all layers, one
+    direction). It keeps their memory; whether they still are the layer's, the caller knows."""
 
     def __init__(
         self,
@@ -84,6 +88,8 @@ class StepPlan:
         bias: bool,
     ) -> None:
         self._plan = None
+        # other threads may drop what the layer holds while a step of this one runs
+        self._memory = *(w.detach() for w in weights), *packed
         count = len(packed)
         each = len(weights) // count
         layers = (_Layer * count)()
@@ -97,15 +103,22 @@ class StepPlan:
             layer.w_hr = w[-1].data_ptr() if each % 2 else None
             read = [*(w[2:4] if bias else ()), *(w[1:2] if spec.diagonal else ())]
             fits = fits and all(
-                t.is_contiguous() and t.dtype == w[0].dtype and t.numel() == w[0].size(0)
+                t.is_cpu
+                and t.is_contiguous()
+                and t.dtype == w[0].dtype
+                and t.numel() == (w[0].size(0) if t is not w[1] else layer.hidden_size)
                 for t in read
             )
+            first = layers[0]
+            fits = fits and layer.hidden_size == first.hidden_size
+            fits = fits and layer.output_size == first.output_size
+            fits = fits and (i == 0 or layer.input_size == first.output_size)
             layer.packed, layer.packed_bytes = packed[i].data_ptr(), packed[i].nbytes
         self.dtype = weights[0].dtype
         self.states = spec.states
         self._sizes = layers[0].input_size, layers[0].hidden_size, layers[0].output_size
         self._count = count
-        self._x_shape = torch.Size()
+        self._forms: _Forms | None = None
         if not fits:
             return  # the operator copies, or says what is wrong
         isa = engine.ISAS.index(engine.active_isa())
@@ -115,22 +128,18 @@ class StepPlan:
         if getattr(self, "_plan", None):
             _free(self._plan)
 
-    def _prepare(self, shape: torch.Size) -> bool:
+    def _forms_for(self, shape: torch.Size) -> _Forms | None:
         """For inputs of another shape, if it is one of this layer's."""
         inputs, hidden, out = self._sizes
         if len(shape) != 2 or shape[0] < 1 or shape[1] != inputs:
-            return False
+            return None
         batch = shape[0]
-        self._h_shape = torch.Size((self._count, batch, out))
-        self._c_shape = torch.Size((self._count, batch, hidden))
+        h, c = torch.Size((self._count, batch, out)), torch.Size((self._count, batch, hidden))
         # of results: a copy of a tensor's form is made sooner than one from numbers
         with torch.inference_mode(False):
-            self._like = tuple(
-                _empty(form, dtype=self.dtype, device="cpu")
-                for form in ((batch, out), self._h_shape, self._c_shape)
-            )
-        self._x_shape = shape
-        return True
+            like = [_empty(form, dtype=self.dtype, device="cpu") for form in ((batch, out), h, c)]
+        self._forms = forms = shape, h, c, like[0], like[1], like[2]
+        return forms
 
     def run(self, x: Any, state: Any, reset: Any) -> tuple[Tensor, Any] | None:
         """(y, state), or None if this is not a call for it. For when nothing_is_watching()."""
@@ -139,14 +148,19 @@ class StepPlan:
             type(x) is Tensor
             and x.dtype is dtype
             and x.is_cpu
+            and x.layout is _strided
             and x.is_contiguous()
             and not x.is_neg()
             and self._plan
         ):
             return None
-        shape = x.shape
-        if shape != self._x_shape and not self._prepare(shape):
-            return None
+        # Read once: a thread with another batch may put its own there at any moment.
+        shape, forms = x.shape, self._forms
+        if forms is None or shape != forms[0]:
+            forms = self._forms_for(shape)
+            if forms is None:
+                return None
+        _, h_shape, c_shape, like_y, like_h, like_c = forms
         h = c = None
         h_at = c_at = reset_at = c_out_at = None
         if state is not None:
@@ -154,19 +168,18 @@ class StepPlan:
                 h = state
             elif type(state) is tuple and len(state) == 2:
                 h, c = state
-                if not _is_plain(c, dtype, self._c_shape):
+                if not _is_plain(c, dtype, c_shape):
                     return None
                 c_at = c.data_ptr()
             else:
                 return None
-            if not _is_plain(h, dtype, self._h_shape):
+            if not _is_plain(h, dtype, h_shape):
                 return None
             h_at = h.data_ptr()
         if reset is not None:
             if not _is_plain(reset, torch.bool, shape[:1]):
                 return None
             reset_at = reset.data_ptr()
-        like_y, like_h, like_c = self._like
         y, h_out = _empty_like(like_y), _empty_like(like_h)
         state_out: Any = h_out
         if self.states == 2:

@@ -110,8 +110,9 @@ def use_engine(
             it is. The last two of AVX-512 differ from it for bfloat16 and int8 only
         kernel: ``"packed"`` or ``"direct"``; ``None`` leaves it as it is
         split: how threads divide a layer, ``"serial"``, ``"batch"`` or ``"units"``, with as many
-            threads as that can use; ``"directions"`` or ``"layers"``: layers with two directions,
-            or with several layers of one, run them side by side, and all else as it would;
+            threads as that can use, and no two passes at once; ``"directions"`` or ``"layers"``:
+            a layer's two directions, or its several layers of one direction, side by side, and
+            all else as it would be;
             ``None`` leaves it as it is
 
     Returns:
@@ -206,18 +207,19 @@ def choose_group(
     packed: bool,
     count: int,
     chained: bool,
-) -> tuple[int, int]:
-    """How many of ``count`` forward passes of sizes (T, B, I, H, P) run at the same time, and on
-    how many threads each: the directions of a layer, or (``chained``) layers."""
-    teams, each = (
-        int(
+) -> tuple[int, int, float, float]:
+    """How many of ``count`` forward passes of sizes (T, B, I, H, P) run at the same time, on how
+    many threads each, and the model's microseconds one by one and side by side (0: can't be): the
+    directions of a layer, or (``chained``) layers."""
+    teams, each, alone, at_once = (
+        float(
             _native.choose_group(
                 field, count, chained, False, cell, *sizes, itemsize, threads, packed
             )
         )
-        for field in range(2)
+        for field in range(4)
     )
-    return teams, each
+    return int(teams), int(each), alone, at_once
 
 
 def estimates(

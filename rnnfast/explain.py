@@ -76,6 +76,7 @@ def _reason(
     kernel: str,
     kept: str,
     times: dict[str, float],
+    beside: str,
 ) -> str:
     text = f"{isa} is " + ("forced" if engine.isa_is_forced() else "the widest of this machine")
     if ran != isa:
@@ -99,6 +100,8 @@ def _reason(
             split, ""
         )
         parts[-1] += f" (model{alone}: {listed})"
+    if beside:
+        parts.append(f"model: {beside}")
     if kept:
         parts.append(f"weights packed by {kept}")
     elif engine.kernel_is_forced():
@@ -149,22 +152,26 @@ def _row(
     itemsize = torch.empty((), dtype=tensors).element_size()
     offered, packed = torch.get_num_threads(), bool(kept)
     isa, threads, ih, hh, split = engine.choose(spec.id, sizes, itemsize, offered, packed)
+    beside_text = ""
     if beside is not None:
         first = (seq_len, batch, beside.input_size, hidden, out)
-        teams, each = engine.choose_group(
+        teams, each, alone, at_once = engine.choose_group(
             spec.id, first, itemsize, offered, packed, beside.count, beside.chained
         )
         together = min(teams, beside.count - beside.index // teams * teams)
         if together > 1:  # else one after the other, or the one that is left
             split = "layers" if beside.chained else "directions"
             threads = together * each
+        if alone > 0 and at_once > 0:
+            what = f"all {beside.count} layers" if beside.chained else "both directions"
+            beside_text = f"{what} {alone:.0f} us one by one, {at_once:.0f} us side by side"
     if kept:
         ih, hh = "packed", "diagonal" if spec.diagonal else "packed"
     kernel = ih if hh in (ih, "diagonal") else f"{ih}/{hh}"
     dot = dtype == torch.int8 or (dtype == torch.bfloat16 and kernel == "packed")
     ran = engine.ran_isa(isa, dot)
     times = engine.estimates(spec.id, sizes, itemsize, offered, packed)
-    reason = _reason(isa, ran, text, threads, split, kernel, kept, times)
+    reason = _reason(isa, ran, text, threads, split, kernel, kept, times, beside_text)
     return Row(name, shape, "cpu", ran, threads, split, kernel, reason)
 
 

@@ -1,7 +1,7 @@
 """The dispatcher's operators seen from Python: fake kernels and derivatives.
 
-``rnnfast::forward`` and ``rnnfast::backward`` are one direction of one layer (_both.py has the
-operators for both at once); their schemas and CPU kernels live in csrc/bindings. Both have
+``rnnfast::forward`` and ``rnnfast::backward`` are one direction of one layer (_group.py has the
+operators for several at once); their schemas and CPU kernels live in csrc/bindings. Both have
 derivatives: that of ``forward`` is ``backward``, that of ``backward`` is reference.py
 differentiated twice, right to any order.
 """

@@ -57,7 +57,7 @@ class Quantized(nn.Module):
         self._planned_for: list[Tensor] | None = None
         self._views: list[Tensor] | None = None
         self._isa_changes = -1
-        self._made_from: list[tuple[int, int]] = []
+        self._made_from: list[tuple[int, int, int]] = []
         for name in self._names:
             w = getattr(source, name)
             if self._is_matrix(name):
@@ -83,7 +83,9 @@ class Quantized(nn.Module):
         made_from = self._made_from
         if not torch.compiler.is_compiling():  # versions can't be traced
             buffers = [w for w in self._buffers.values() if w is not None]
-            made_from = [(id(w), -1 if w.is_inference() else w._version) for w in buffers]
+            made_from = [
+                (id(w), w.data_ptr(), -1 if w.is_inference() else w._version) for w in buffers
+            ]
         if (
             self._packed is not None
             and self._isa_changes == engine.isa_changes
@@ -173,7 +175,7 @@ class Quantized(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._packed = self._views = self._plan = None
+        self._packed = self._views = self._plan = self._planned_for = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -131,6 +131,17 @@ def test_packed_reset_states_projection_frozen(
     both_ways(monkeypatch, layer, x, hx)
     lengths = torch.tensor([40, 33, 20, 20, 7, 1])
     packed = torch.nn.utils.rnn.pack_padded_sequence(x.detach(), lengths)
+
+    def packed_gradients() -> list[torch.Tensor]:
+        y, _ = layer(packed, hx)
+        loss = (y.data * torch.linspace(-1, 1, y.data.numel()).view_as(y.data)).sum()
+        return list(torch.autograd.grad(loss, list(layer.parameters())))
+
+    grads = packed_gradients()
+    with monkeypatch.context() as patch:
+        one_by_one(patch)
+        wanted = packed_gradients()
+    assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
     with torch.no_grad():
         got, _ = layer(packed, hx)
         with monkeypatch.context() as patch:
@@ -239,6 +250,29 @@ def test_fake_tensors_outside_of_their_mode(kind: str) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     y, _ = make("LSTM", 3, 4, **KINDS[kind])(mode.from_tensor(torch.randn(3, 2, 3)))
     assert isinstance(y, FakeTensor) and y.shape == (3, 2, 8 if kind == "directions" else 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_autograd_has_no_break(kind: str) -> None:
+    layer = make("GRU", 4, 6, **KINDS[kind])
+    x = torch.randn(5, 2, 4)
+    layer(x)[0].square().sum().backward()
+    want = [p.grad for p in layer.parameters()]
+    layer.zero_grad()
+    compiler = torch.compile(backend="eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        layer(x)[0].square().sum().backward()
+    for p, w in zip(layer.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, w)
+
+
+def test_a_forced_kind_leaves_the_other_to_the_model() -> None:
+    layer = make("GRU", 64, 64, num_layers=2)
+    x = torch.randn(1000, 1, 64)
+    with rnnfast.use_engine("cpu", split="directions"):
+        rows = rnnfast.explain(layer, x).rows
+    assert [row.split for row in rows] == ["layers"] * 2
+    assert "all 2 layers" in rows[0].reason and "side by side" in rows[0].reason
 
 
 def test_dropout_between_layers_goes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

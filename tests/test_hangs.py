@@ -26,6 +26,7 @@ CHECKS = (
     "late_pool",
     "pause",
     "priorities",
+    "followers",
     "many_masters",
     "nested",
     "forked",

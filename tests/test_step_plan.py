@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -148,6 +149,7 @@ def test_dropout_between_layers_takes_the_operator(taken: list[int]) -> None:
     ("input", "state", "reset", "text"),
     [
         (torch.zeros(4, 6), None, None, "input must have shape"),
+        (torch.zeros(()), None, None, "input must have shape"),
         (torch.zeros(4, 5).double(), None, None, "does not match weight dtype"),
         (torch.zeros(4, 5), torch.zeros(4, 9), None, "state must have shape"),
         (torch.zeros(4, 5), torch.zeros(1, 4, 9).double(), None, "same dtype"),
@@ -182,6 +184,92 @@ def test_weights_that_change(taken: list[int]) -> None:
     with torch.no_grad():
         assert tolerance.same_bits(odd.step(x)[0], odd(x[None])[0][0])
         assert not taken
+
+
+def test_stacks_whose_layers_do_not_fit(taken: list[int]) -> None:
+    """The operator refuses them; addresses would be read past their ends."""
+    for name, shapes in (("GRU", ((27, 2000), (27, 9))), ("GRU", ((12000, 9), (12000, 4000)))):
+        layer = getattr(rnnfast, name)(5, 9, num_layers=2, bias=False)
+        layer.weight_ih_l1 = torch.nn.Parameter(torch.randn(shapes[0]))
+        layer.weight_hh_l1 = torch.nn.Parameter(torch.randn(shapes[1]))
+        layer.freeze()
+        with torch.no_grad(), pytest.raises(RuntimeError, match="must have shape"):
+            layer.step(torch.randn(3, 5), torch.zeros(2, 3, 9))
+        assert not taken
+
+
+def test_quantized_weights_that_move(taken: list[int]) -> None:
+    layer = rnnfast.quantize(torch.nn.Sequential(rnnfast.GRU(5, 9)))[0]
+    x = torch.randn(3, 5)
+    with torch.no_grad():
+        layer.step(x)
+        layer.bias_ih_l0.data = torch.randn(27)
+        assert tolerance.same_bits(layer.step(x)[0], layer(x[None])[0][0])
+    assert len(taken) == 2
+
+
+def in_threads(*works: Callable[[], Any]) -> None:
+    """Until the first is through; errors are raised here."""
+    done, errors = threading.Event(), []
+
+    def run(work: Callable[[], Any], first: bool) -> None:
+        try:
+            while not done.is_set():
+                work()
+                if first:
+                    return
+        except Exception as error:
+            errors.append(error)
+        finally:
+            if first:
+                done.set()
+
+    threads = [threading.Thread(target=run, args=(w, i == 0)) for i, w in enumerate(works)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    finally:
+        sys.setswitchinterval(before)
+    assert not errors and not any(thread.is_alive() for thread in threads), errors
+
+
+def test_batches_of_two_sizes_at_the_same_time() -> None:
+    layer = make("LSTM")
+
+    def steps(batch: int, count: int) -> Callable[[], None]:
+        x = torch.randn(batch, 5)
+        with torch.no_grad():
+            want = layer.unfreeze().freeze().step(x)[0]
+
+        def work() -> None:
+            with torch.no_grad():
+                for _ in range(count):
+                    y, (h, c) = layer.step(x)
+                    assert y.shape == (batch, 9) and h.shape == c.shape == (1, batch, 9)
+                    assert tolerance.same_bits(y, want)
+
+        return work
+
+    in_threads(steps(1, 3000), steps(300, 5))
+
+
+def test_steps_while_the_layer_is_frozen_anew() -> None:
+    """What a running step reads stays, whatever the layer drops meanwhile."""
+    layer = rnnfast.LSTM(64, 256).freeze()
+    x = torch.randn(8, 64)
+    with torch.no_grad():
+        want = layer.step(x)[0]
+
+    def work() -> None:
+        with torch.no_grad():
+            for _ in range(400):
+                assert tolerance.same_bits(layer.step(x)[0], want)
+
+    in_threads(work, layer.freeze)
 
 
 def test_threads_and_copies() -> None:

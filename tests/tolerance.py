@@ -92,7 +92,7 @@ def check_tensor(
     first = [] if peer is None or dtype == torch.float64 else [error_of(peer[name], ref)]
     if error <= (allowed := bound(name, first, ref, dtype)):
         return
-    if isinstance(peer, Peer):
+    if isinstance(peer, Peer) and dtype != torch.float64:
         VERDICTS["asked again"] += 1
         errors = list(first)
         for result, exact in peer.draws():

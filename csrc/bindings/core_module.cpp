@@ -148,7 +148,8 @@ py::dict choose(int cell_id, int64_t T, int64_t B, int64_t I, int64_t H, int64_t
 // (how many passes at the same time, threads of each, rows of a chunk)
 py::tuple group_choice(int cell_id, int64_t T, int64_t B, int64_t I, int64_t H, int count,
                        bool chained, bool backward, int max_threads, int forced_split) {
-  if (cell_id < 0 || cell_id >= kNumCells) throw std::invalid_argument("rnnfast: no such cell");
+  if (cell_id < 0 || cell_id >= kNumCells || count < 1)
+    throw std::invalid_argument("rnnfast: no such cell, or no pass");
   std::vector<Shape> passes(count, Shape{cell_id, T, B, chained ? H : I, H, H, T * B, 4});
   passes[0].input_size = I;
   const GroupChoice choice = choose_group({passes.data(), count, chained, backward},

@@ -39,14 +39,17 @@ void check_alike(const CheckedLayer& a, const CheckedLayer& b) {
        (a.projection == b.projection ? "" : ", and w_hr in one of them only"));
 }
 
+// Layers that run at the same time, at most one a thread, and what the first of them reads, have a
+// y (in backward: a dx) each. Beyond these, it is one that nobody reads any more.
+int layers_apart(const Threads& threads) { return std::max(1, threads.count) + 1; }
+
 // Gives y, h_n, c_n and saved of each pass; of chained ones that save nothing, only the last y may
 // be read.
 std::vector<Tensor> forward_group(Tensor x, Tensors passes, OptionalTensor batch_sizes,
                                   int64_t cell, bool chained, bool save) {
   const int count = count_passes(passes, kOfForward, chained);
-  // Layers that run at the same time, at most one a thread, and what the first of them reads have a
-  // y each.
-  const int apart = std::max(1, torch_threads().count) + 1;
+  const Threads threads = torch_threads();
+  const int apart = layers_apart(threads);
   std::vector<ForwardCall> calls;
   calls.reserve(count);
   for (int i = 0; i < count; ++i) {
@@ -65,7 +68,7 @@ std::vector<Tensor> forward_group(Tensor x, Tensors passes, OptionalTensor batch
       for (int i = 0; i < count; ++i)
         args.push_back(calls[i].args<decltype(scalar)>(isa, cell, formats[i]));
       run_forward_group(isa, static_cast<int>(cell), args.data(), formats.data(), count, chained,
-                        torch_threads());
+                        threads);
     });
   }
   std::vector<Tensor> results;
@@ -75,7 +78,8 @@ std::vector<Tensor> forward_group(Tensor x, Tensors passes, OptionalTensor batch
 }
 
 // Each pass ends with y, saved, dy, dh_n, dc_n; of chained ones only the last has a dy. Gives the
-// gradients of each pass as `backward` does. needs[i] is the i-th's.
+// gradients of each pass as `backward` does; of chained ones only the first dx may be read.
+// needs[i] is the i-th's.
 std::vector<Tensor> backward_group(Tensor x, Tensors passes, OptionalTensor batch_sizes,
                                    int64_t cell, bool chained, std::vector<int64_t> needs) {
   const int count = count_passes(passes, kOfBackward, chained);
@@ -106,21 +110,25 @@ std::vector<Tensor> backward_group(Tensor x, Tensors passes, OptionalTensor batc
                                            batch_sizes, incoming(i, dy), cell, !chained && i == 1));
     }
   } else {
+    const Threads threads = torch_threads();
+    const int apart = layers_apart(threads);
     std::vector<BackwardCall> calls;
     calls.reserve(count);
     for (int order = 0; order < count; ++order) {
       const int i = nth(order);
       OptionalTensor dy = more(i)[2];
       if (chained && order > 0) dy = std::get<0>(calls.back().result);
-      calls.emplace_back(input_of(i), pass_of(passes, kOfBackward * i), batch_sizes,
-                         incoming(i, dy), cell, !chained && i == 1);
+      calls.emplace_back(
+          input_of(i), pass_of(passes, kOfBackward * i), batch_sizes, incoming(i, dy), cell,
+          !chained && i == 1,
+          chained && i > 0 && order >= apart ? &std::get<0>(calls[order - apart].result) : nullptr);
     }
     if (!chained) check_alike(calls[0].layer, calls[1].layer);
     const auto run = [&](auto scalar) {
       std::vector<BackwardArgs<decltype(scalar)>> args;
       for (const BackwardCall& call : calls) args.push_back(call.args<decltype(scalar)>());
       run_backward_group(active_isa(), static_cast<int>(cell), args.data(), count, chained,
-                         torch_threads());
+                         threads);
     };
     if (calls[0].layer.empty())
       for (const BackwardCall& call : calls) call.run(cell);

@@ -85,21 +85,25 @@ double estimate_op(int64_t split, int64_t cell, int64_t T, int64_t B, int64_t I,
   return estimate(shape, machine, choice).total();
 }
 
-// How several passes with these sizes run: how many at the same time (field 0), and each on how
-// many threads (field 1). The first of chained ones has input size I, the others that of their
-// inputs, P.
-int64_t choose_group_op(int64_t field, int64_t count, bool chained, bool backward, int64_t cell,
-                        int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t itemsize,
-                        int64_t threads, bool packed) {
-  if (field < 0 || field > 1)
-    fail("field must be 0 (teams) or 1 (threads of each), got " + std::to_string(field));
+// How several passes with these sizes run: how many at the same time (field 0), each on how many
+// threads (1), and the model's microseconds one by one (2) and side by side (3; 0: can't be). The
+// first of chained ones has input size I, the others that of their inputs, P.
+double choose_group_op(int64_t field, int64_t count, bool chained, bool backward, int64_t cell,
+                       int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t itemsize,
+                       int64_t threads, bool packed) {
+  if (field < 0 || field > 3)
+    fail("field must be 0 (teams), 1 (threads of each), 2 (one by one) or 3 (side by side), got " +
+         std::to_string(field));
   if (count < 1 || count > 4096) fail("count must be in [1, 4096], got " + std::to_string(count));
   std::vector<Shape> shapes(
       count, checked_shape(cell, T, B, chained ? P : I, H, P, itemsize, threads, packed));
   shapes[0].input_size = I;
   const GroupChoice choice = choose_group_for(
       {shapes.data(), static_cast<int>(count), chained, backward}, static_cast<int>(threads));
-  return field == 0 ? choice.teams : choice.each.threads;
+  const double fields[] = {static_cast<double>(choice.teams),
+                           static_cast<double>(choice.each.threads), choice.one_by_one,
+                           choice.side_by_side};
+  return fields[field];
 }
 
 }  // namespace
@@ -117,7 +121,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
       "-> int");
   m.def(
       "choose_group(int field, int count, bool chained, bool backward, int cell, int T, int B, int "
-      "I, int H, int P, int itemsize, int threads, bool packed=False) -> int");
+      "I, int H, int P, int itemsize, int threads, bool packed=False) -> float");
   m.def(
       "estimate(int split, int cell, int T, int B, int I, int H, int P, int itemsize, int threads, "
       "bool packed=False) "

@@ -103,12 +103,13 @@ struct BackwardCall {
   Incoming in;
   BackwardResult result;
 
+  // `used`: a dx that nobody reads any more, for this one if it has the same shape.
   BackwardCall(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
-               const Incoming& incoming, int64_t cell, bool reverse)
+               const Incoming& incoming, int64_t cell, bool reverse, const Tensor* used = nullptr)
       : layer({x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, batch_sizes, d.reset, cell,
                reverse}),
         in(checked(layer, d, incoming)),
-        result(room(layer, incoming.needs)) {}
+        result(room(layer, incoming.needs, used)) {}
 
   static Incoming checked(const CheckedLayer& layer, const Pass& d, const Incoming& given) {
     const ScalarType dtype = layer.dtype;
@@ -149,21 +150,23 @@ struct BackwardCall {
     return in;
   }
 
-  static BackwardResult room(const CheckedLayer& layer, int64_t needs) {
+  static BackwardResult room(const CheckedLayer& layer, int64_t needs, const Tensor* used) {
     const int64_t B = layer.batch, I = layer.input_size, H = layer.hidden_size,
                   P = layer.output_size, gates = layer.cell.gates * H;
     const auto if_needed = [&](Needs need, std::initializer_list<int64_t> sizes) {
       return needs & need ? empty(sizes, layer.dtype) : empty({0}, layer.dtype);
     };
-    return {
-        layer.packed_rows ? if_needed(kDx, {layer.rows, I}) : if_needed(kDx, {layer.seq_len, B, I}),
-        if_needed(kDh0, {B, P}),
-        if_needed(kDc0, {layer.cell.states - 1, B, H}),
-        if_needed(kDwIh, {gates, I}),
-        layer.cell.diagonal ? if_needed(kDwHh, {H}) : if_needed(kDwHh, {gates, P}),
-        if_needed(kDbIh, {gates}),
-        if_needed(kDbHh, {gates}),
-        if_needed(kDwHr, {P, H})};
+    const bool fits = used && needs & kDx && used->size(used->dim() - 1) == I;
+    return {fits                ? *used
+            : layer.packed_rows ? if_needed(kDx, {layer.rows, I})
+                                : if_needed(kDx, {layer.seq_len, B, I}),
+            if_needed(kDh0, {B, P}),
+            if_needed(kDc0, {layer.cell.states - 1, B, H}),
+            if_needed(kDwIh, {gates, I}),
+            layer.cell.diagonal ? if_needed(kDwHh, {H}) : if_needed(kDwHh, {gates, P}),
+            if_needed(kDbIh, {gates}),
+            if_needed(kDbHh, {gates}),
+            if_needed(kDwHr, {P, H})};
   }
 
   template <class scalar_t>

@@ -1,9 +1,7 @@
 // A step of a frozen layer, called from rnnfast/_step_plan.py through ctypes: an operator's way
 // from Python and back takes longer than a small layer's step. The caller has checked everything;
 // here are pointers only, no tensors, and no exception leaves.
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "layer_calls.h"

@@ -151,8 +151,10 @@ GroupChoice choose_group(const Group& group, const Machine& machine, const Wish&
   const Shape& last = group.passes[group.count - 1];
   const Split own = group.chained ? Split::kLayers : Split::kDirections;
   const bool forced = wish.split == static_cast<int>(own);
+  // A split of single passes leaves none side by side.
+  const bool refused = wish.split >= 0 && wish.split <= static_cast<int>(Split::kUnits);
   GroupChoice best{1, choose_engine(last, machine, wish)};
-  if (machine.max_threads < 2 || group.count < 2 || (wish.split >= 0 && !forced)) return best;
+  if (machine.max_threads < 2 || group.count < 2 || refused) return best;
   if (group.chained && last.seq_len == 1 && !forced) return best;  // the others would only wait
 
   std::vector<double> one_by_one;
@@ -160,7 +162,8 @@ GroupChoice choose_group(const Group& group, const Machine& machine, const Wish&
     const Shape& pass = group.passes[i];
     one_by_one.push_back(estimate(pass, machine, choose_engine(pass, machine, wish)).total());
   }
-  double least = std::accumulate(one_by_one.begin(), one_by_one.end(), 0.0);
+  best.one_by_one = std::accumulate(one_by_one.begin(), one_by_one.end(), 0.0);
+  double least = best.one_by_one;
   for (int teams = 2; teams <= std::min(group.count, machine.max_threads); ++teams) {
     const Machine part{machine.max_threads / teams, machine.private_cache};
     Choice each = choose_engine(last, part, wish);
@@ -186,8 +189,10 @@ GroupChoice choose_group(const Group& group, const Machine& machine, const Wish&
       // All teams are woken as one.
       if (each.threads == 1) time += wake_time(machine.max_threads);
     }
+    if (best.side_by_side == 0 || time < best.side_by_side) best.side_by_side = time;
     if (!forced && time >= least) continue;
-    best = {teams, each};
+    best.teams = teams;
+    best.each = each;
     least = time;
   }
   return best;

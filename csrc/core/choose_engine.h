@@ -86,6 +86,9 @@ struct Group {
 struct GroupChoice {
   int teams;
   Choice each;
+  // What the model gives the passes one by one, and the best way of side by side (0: there is
+  // none); microseconds.
+  double one_by_one = 0, side_by_side = 0;
 };
 GroupChoice choose_group(const Group& group, const Machine& machine, const Wish& wish);
 

@@ -5,6 +5,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <fstream>
 #include <sstream>
@@ -99,7 +100,14 @@ int processors_by_quota(const std::string& groups, const std::string& root) {
   return found;
 }
 
+namespace {
+std::atomic<int> assumed{0};
+}
+
+int assume_processors(int count) { return assumed.exchange(count); }
+
 int usable_processors() {
+  if (const int count = assumed.load(std::memory_order_relaxed)) return count;
   const int affinity = by_affinity(), allowed = quota();
   return allowed > 0 ? std::min(affinity, allowed) : affinity;
 }

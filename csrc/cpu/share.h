@@ -88,7 +88,8 @@ Share share_of(const LayerArgs<scalar_t>& args, const Choice& choice, const Work
 }
 
 // Consecutive steps [lo, hi) handled together. Starts at `from` in the direction of `down`, holds
-// at least `target` rows if there are as many, and never depends on the number of threads.
+// at least `target` rows if there are as many. Backward's target is fixed, since its sums go chunk
+// by chunk; no bit of forward depends on one.
 template <class scalar_t>
 Range chunk_of(const LayerArgs<scalar_t>& args, int64_t from, bool down, int64_t target) {
   int64_t count = 0, t = from;

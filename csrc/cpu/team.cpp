@@ -87,6 +87,8 @@ struct Team {
   // Of the first member: what it waited in vain, and when its own part was done.
   alignas(64) Clock::duration lost{};
   Clock::time_point finished{};
+  // Where members do different work, each its own slot: how long it lasted is no waiting in vain.
+  std::vector<Clock::time_point> ends{};
 };
 
 namespace {
@@ -136,7 +138,9 @@ void judge(const Team& team, Clock::time_point start) {
   judged = team.count;
   if (first) return;
   const auto now = Clock::now();
-  const auto lost = team.lost + (now - team.finished), worked = now - start - lost;
+  auto finished = team.finished;
+  for (const auto end : team.ends) finished = std::max(finished, end);
+  const auto lost = team.lost + (now - finished), worked = now - start - lost;
   const auto saved = team.ran.load() == 1 ? Clock::duration{} : worked * (team.count - 1);
   if (lost > std::max<Clock::duration>(saved, kUsualWait))
     alone_until = now + std::min<Clock::duration>(lost * kPauseFactor, kLongestPause);
@@ -158,12 +162,10 @@ void barrier(const Worker& worker) {
   }
 }
 
-int run_team(int count, ParallelFor parallel_for, WorkFn work, void* context) {
-  Team team;
-  team.count = count;
-  team.work = work;
-  team.context = context;
-  if (count < 2 || parallel_for == nullptr || forked_child.load(std::memory_order_relaxed)) {
+namespace {
+
+int run_as(Team& team, ParallelFor parallel_for) {
+  if (team.count < 2 || parallel_for == nullptr || forked_child.load(std::memory_order_relaxed)) {
     run_alone(team);
     return 1;
   }
@@ -172,10 +174,20 @@ int run_team(int count, ParallelFor parallel_for, WorkFn work, void* context) {
     run_alone(team);
     return 1;
   }
-  parallel_for(count, run_member, &team);
+  parallel_for(team.count, run_member, &team);
   if (team.ran.load() == 0) run_alone(team);
   if (team.finished != Clock::time_point{}) judge(team, start);
   return team.ran.load();
+}
+
+}  // namespace
+
+int run_team(int count, ParallelFor parallel_for, WorkFn work, void* context) {
+  Team team;
+  team.count = count;
+  team.work = work;
+  team.context = context;
+  return run_as(team, parallel_for);
 }
 
 namespace {
@@ -196,13 +208,20 @@ void work_of_teams(void* context, const Worker& worker) {
   }
   const int mine = worker.index / all.each;
   all.work(all.contexts[mine], Worker{worker.index % all.each, all.each, &all.teams[mine]});
+  worker.team->ends[worker.index] = Clock::now();
+  if (worker.index == 0) worker.team->lost += all.teams[0].lost;
 }
 
 }  // namespace
 
 int run_teams(int teams, int each, ParallelFor parallel_for, WorkFn work, void* const* contexts) {
   Teams all{each, work, contexts, std::vector<Team>(teams)};
-  return run_team(teams * each, parallel_for, work_of_teams, &all);
+  Team team;
+  team.count = teams * each;
+  team.work = work_of_teams;
+  team.context = &all;
+  team.ends.resize(team.count);
+  return run_as(team, parallel_for);
 }
 
 void note_done(StepsDone* own, const Worker& worker, int64_t steps) {

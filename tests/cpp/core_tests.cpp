@@ -11,6 +11,7 @@
 
 #include "core/cell_info.h"
 #include "cpu/dispatch.h"
+#include "cpu/processors.h"
 
 using namespace rnnfast;
 
@@ -108,13 +109,18 @@ struct Outputs {
   Values y, h_n, c_n, saved;
 };
 
-Outputs forward(const Layer& layer, const Threads& threads) {
-  Outputs out{Values(layer.rows() * layer.P), Values(layer.B * layer.P), Values(layer.c0.size()),
-              Values(layer.rows() * layer.planes() * layer.H)};
+ForwardArgs<double> forward_args(const Layer& layer, Outputs& out) {
   ForwardArgs<double> args{};
   layer.fill(args);
   args.y = out.y.data(), args.h_n = out.h_n.data(), args.c_n = out.c_n.data(),
   args.saved = out.saved.data();
+  return args;
+}
+
+Outputs forward(const Layer& layer, const Threads& threads) {
+  Outputs out{Values(layer.rows() * layer.P), Values(layer.B * layer.P), Values(layer.c0.size()),
+              Values(layer.rows() * layer.planes() * layer.H)};
+  ForwardArgs<double> args = forward_args(layer, out);
   run_forward(active_isa(), layer.cell, args, WeightFormat::kPlain, threads);
   return out;
 }
@@ -139,21 +145,39 @@ struct Gradients {
   Values x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr;
 };
 
-Gradients backward(const Layer& layer, const Outputs& out, const Threads& threads) {
-  Gradients g{Values(layer.x.size()),    Values(layer.h0.size()),   Values(layer.c0.size()),
-              Values(layer.w_ih.size()), Values(layer.w_hh.size()), Values(layer.b_ih.size()),
-              Values(layer.b_hh.size()), Values(layer.w_hr.size())};
-  const Values dy = weights_of_sum(out.y.size()), dh = weights_of_sum(out.h_n.size()),
-               dc = weights_of_sum(out.c_n.size());
+Gradients room(const Layer& layer) {
+  return {Values(layer.x.size()),    Values(layer.h0.size()),   Values(layer.c0.size()),
+          Values(layer.w_ih.size()), Values(layer.w_hh.size()), Values(layer.b_ih.size()),
+          Values(layer.b_hh.size()), Values(layer.w_hr.size())};
+}
+
+struct Cotangents {
+  Values dy, dh, dc;
+  explicit Cotangents(const Outputs& out)
+      : dy(weights_of_sum(out.y.size())),
+        dh(weights_of_sum(out.h_n.size())),
+        dc(weights_of_sum(out.c_n.size())) {}
+};
+
+BackwardArgs<double> backward_args(const Layer& layer, const Outputs& out, const Cotangents& from,
+                                   const Values& dy, Gradients& g) {
   BackwardArgs<double> args{};
   layer.fill(args);
   args.dy = {dy.data(), layer.B * layer.P, layer.P};
-  args.dh_n = dh.data(), args.dc_n = dc.data(), args.y = out.y.data(),
+  args.dh_n = from.dh.data(), args.dc_n = from.dc.data(), args.y = out.y.data(),
   args.saved = out.saved.data();
   args.dx = g.x.data(), args.dh0 = g.h0.data(), args.dc0 = g.c0.data(), args.dw_ih = g.w_ih.data();
   args.dw_hh = g.w_hh.data(), args.db_ih = g.b_ih.data(), args.db_hh = g.b_hh.data();
   args.dw_hr = layer.w_hr.empty() ? nullptr : g.w_hr.data();
-  run_backward(active_isa(), layer.cell, args, threads);
+  return args;
+}
+
+Gradients backward(const Layer& layer, const Outputs& out, const Threads& threads,
+                   const Values* dy = nullptr) {
+  Gradients g = room(layer);
+  const Cotangents from(out);
+  run_backward(active_isa(), layer.cell, backward_args(layer, out, from, dy ? *dy : from.dy, g),
+               threads);
   return g;
 }
 
@@ -226,6 +250,64 @@ void check_layer(const Layer& layer, const std::string& what) {
   force_kernel(-1);
 }
 
+// Layers that read one another: side by side as one by one, forward and backward, bit for bit.
+void check_stack(std::vector<Layer> layers, const std::string& what) {
+  const int count = static_cast<int>(layers.size());
+  std::vector<Outputs> outs;
+  for (int l = 0; l < count; ++l) {
+    if (l > 0) layers[l].x = outs[l - 1].y;
+    outs.push_back(forward(layers[l], {1, nullptr}));
+  }
+  std::vector<Gradients> wanted(count);
+  for (int l = count - 1; l >= 0; --l) {
+    const Values dy = l + 1 < count ? wanted[l + 1].x : weights_of_sum(outs[l].y.size());
+    wanted[l] = backward(layers[l], outs[l], {1, nullptr}, &dy);
+  }
+  for (const auto pool : {thread_per_part, one_thread})
+    for (const int threads : {2, 3, 4, 6}) {  // teams of one, two and three
+      assume_processors(threads);
+      force_split(static_cast<int>(Split::kLayers));
+      std::vector<Outputs> got = outs;
+      std::vector<ForwardArgs<double>> args(count);
+      const std::vector<WeightFormat> formats(count, WeightFormat::kPlain);
+      for (int l = 0; l < count; ++l) {
+        for (Values* values : {&got[l].y, &got[l].h_n, &got[l].c_n, &got[l].saved})
+          std::fill(values->begin(), values->end(), -1.0);
+        args[l] = forward_args(layers[l], got[l]);
+        if (l > 0) args[l].x.data = got[l - 1].y.data();
+      }
+      run_forward_group(active_isa(), layers[0].cell, args.data(), formats.data(), count, true,
+                        {threads, pool});
+      for (int l = 0; l < count; ++l)
+        check(same_bits(got[l].y, outs[l].y) && same_bits(got[l].h_n, outs[l].h_n) &&
+                  same_bits(got[l].c_n, outs[l].c_n) && same_bits(got[l].saved, outs[l].saved),
+              what + ": side by side, forward of layer " + std::to_string(l));
+
+      // From the last layer to the first, which is the order of the arguments.
+      std::vector<Gradients> grads;
+      for (const Layer& layer : layers) grads.push_back(room(layer));
+      std::vector<Cotangents> cotangents;
+      for (const Outputs& out : outs) cotangents.emplace_back(out);
+      std::vector<BackwardArgs<double>> back(count);
+      for (int i = 0; i < count; ++i) {
+        const int l = count - 1 - i;
+        const Values& dy = i == 0 ? cotangents[l].dy : grads[l + 1].x;
+        back[i] = backward_args(layers[l], outs[l], cotangents[l], dy, grads[l]);
+      }
+      run_backward_group(active_isa(), layers[0].cell, back.data(), count, true, {threads, pool});
+      for (int l = 0; l < count; ++l)
+        check(same_bits(grads[l].x, wanted[l].x) && same_bits(grads[l].w_ih, wanted[l].w_ih) &&
+                  same_bits(grads[l].w_hh, wanted[l].w_hh) &&
+                  same_bits(grads[l].b_ih, wanted[l].b_ih) &&
+                  same_bits(grads[l].b_hh, wanted[l].b_hh) &&
+                  same_bits(grads[l].w_hr, wanted[l].w_hr) &&
+                  same_bits(grads[l].h0, wanted[l].h0) && same_bits(grads[l].c0, wanted[l].c0),
+              what + ": side by side, backward of layer " + std::to_string(l));
+      force_split(-1);
+      assume_processors(0);
+    }
+}
+
 // Teams: all members run at once, the barrier orders their writes, and a pool that brings fewer
 // threads is noticed.
 void check_teams() {
@@ -273,6 +355,19 @@ int main() {
   check_layer(Layer(1, 6, 26, 40, 50, 0, true, true).with_resets(), "gru by rows, resets");
   check_layer(Layer(0, 16, 3, 33, 90, 0, false, false).with_resets(), "lstm by units, resets");
   check_layer(Layer(0, 16, 3, 33, 90, 40, false, true).with_resets(), "lstm projected, resets");
+  for (int cell = 0; cell < kNumCells; ++cell)
+    for (const bool uneven : {false, true}) {
+      const Layer first(cell, 70, 9, 6, 20, 0, uneven, false),
+          above(cell, 70, 9, 20, 20, 0, uneven, false);
+      check_stack({first, above, above}, std::string(cell_info(cell).name) + " stack");
+      check_stack({first.with_resets(), above.with_resets()},
+                  std::string(cell_info(cell).name) + " stack, resets");
+      if (cell_info(cell).states == 2) {
+        const Layer narrow(cell, 70, 9, 6, 20, 7, uneven, false),
+            next(cell, 70, 9, 7, 20, 7, uneven, false);
+        check_stack({narrow, next}, std::string(cell_info(cell).name) + " stack, projected");
+      }
+    }
   std::printf("%d passed, %d failed\n", checks - failures, failures);
   return failures == 0 ? 0 : 1;
 }

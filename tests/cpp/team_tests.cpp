@@ -314,6 +314,52 @@ void priorities() {
 #endif
 }
 
+// Teams of two, each reading what the one before wrote, a step behind: layers of a stack.
+void followers() {
+  constexpr int kTeams = 3, kEach = 2, kSteps = 400;
+  struct Chain {
+    std::vector<int>
+        values[kTeams];  // of each step and worker; no atomics: the counters order them
+    std::vector<StepsDone> done{static_cast<size_t>(kTeams * kEach)};
+    std::atomic<bool> ordered{true};
+  } chain;
+  struct Mine {
+    Chain* chain;
+    int team;
+  } mine[kTeams];
+  void* contexts[kTeams];
+  for (int i = 0; i < kTeams; ++i) {
+    mine[i] = {&chain, i};
+    contexts[i] = &mine[i];
+  }
+  const auto work = [](void* context, const Worker& worker) {
+    const auto& [chain, team] = *static_cast<Mine*>(context);
+    StepsDone* own = team + 1 < kTeams ? &chain->done[team * kEach] : nullptr;
+    const StepsDone* leader = team > 0 ? &chain->done[(team - 1) * kEach] : nullptr;
+    for (int step = 0; step < kSteps; ++step) {
+      wait_for(leader, worker, step + 1);
+      for (int i = 0; team > 0 && i < worker.count; ++i)
+        if (chain->values[team - 1][step * kEach + i] != 1000 * (team - 1) + step)
+          chain->ordered = false;
+      if (team == 0 && worker.index == 1 && step == kSteps / 2)
+        std::this_thread::sleep_for(milliseconds(20));
+      chain->values[team][step * kEach + worker.index] = 1000 * team + step;
+      if (step % 3 == 0) barrier(worker);
+      note_done(own, worker, step + 1);
+    }
+  };
+  for (const auto threads : {thread_per_part, +[](int count, void (*run)(long, long, void*),
+                                                  void* context) { run(0, count, context); }}) {
+    for (auto& values : chain.values) values.assign(kSteps * kEach, -1);
+    for (auto& counter : chain.done) counter.steps = 0;
+    const bool all = threads == thread_per_part;
+    int ran = 0;
+    std::thread([&] { ran = run_teams(kTeams, kEach, threads, work, contexts); }).join();
+    check(ran == (all ? kTeams * kEach : 1), "all teams run at once, or one thread runs all");
+    check(chain.ordered.load(), "a team must see what the one before it wrote");
+  }
+}
+
 void many_masters() {
   pin(2);
   std::vector<std::thread> masters;
@@ -438,6 +484,7 @@ const Check kChecks[] = {
     {"late_pool", late_pool},
     {"pause", pause},
     {"priorities", priorities},
+    {"followers", followers},
     {"many_masters", many_masters},
     {"nested", nested},
     {"forked", forked},
