@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,6 +200,38 @@ def test_choose_engine(shape: tuple[int, ...], expected: tuple[object, ...]) -> 
     cell, T, B, I, H, threads = shape  # noqa: E741 (the input size)
     got = _core.choose(cell, T, B, I, H, H, T * B, 4, threads)
     assert (got["threads"], got["split"], got["kernel_ih"], got["kernel_hh"]) == expected
+
+
+GROUPS = [
+    # cell, T, B, I, H, count, chained, backward, threads -> teams, threads of each, chunk rows
+    ((LSTM, 100, 1, 64, 64, 2, True, False, 2), (2, 1, 8)),  # too short for a barrier a step
+    ((GRU, 1000, 1, 64, 64, 2, True, False, 2), (2, 1, 62)),
+    ((GRU, 1000, 1, 64, 64, 2, True, True, 2), (2, 1, 128)),  # two chunks of backward
+    ((LSTM, 100, 1, 64, 64, 2, True, True, 2), (1, 1, 128)),  # one chunk: nothing to follow
+    ((LSTM, 100, 1, 256, 256, 2, True, False, 2), (1, 2, 128)),  # half the weights in each cache
+    ((LSTM, 100, 64, 512, 512, 2, True, False, 2), (1, 2, 128)),  # units keep both busy
+    ((LSTM, 1, 1, 64, 64, 2, True, False, 2), (1, 1, 128)),  # one step: the second would wait
+    ((LSTM, 100, 1, 64, 64, 3, True, False, 8), (3, 1, 8)),
+    ((LSTM, 100, 1, 64, 64, 8, True, False, 8), (8, 1, 8)),
+    ((LSTM, 1000, 2, 32, 32, 6, True, False, 4), (2, 2, 125)),  # two rows for two threads each
+    ((LSTM, 100, 1, 64, 64, 2, True, False, 1), (1, 1, 128)),
+    ((GRU, 100, 16, 256, 256, 2, False, False, 2), (2, 1, 128)),
+    ((LSTM, 100, 1, 256, 256, 2, False, False, 2), (1, 2, 128)),
+]
+
+
+@pytest.mark.parametrize(("group", "expected"), GROUPS)
+def test_choose_group(group: tuple[Any, ...], expected: tuple[int, ...]) -> None:
+    assert _core.choose_group(*group) == expected
+
+
+def test_choose_group_forced() -> None:
+    group = (LSTM, 100, 64, 512, 512, 3, True, False, 2)
+    layers, directions, units = 4, 3, 2
+    assert _core.choose_group(*group, layers)[0] == 2
+    assert _core.choose_group(*group, directions) == _core.choose_group(*group)
+    small = (LSTM, 100, 1, 64, 64, 2, True, False, 2)
+    assert _core.choose_group(*small)[0] == 2 and _core.choose_group(*small, units)[0] == 1
 
 
 def test_no_weak_symbols_in_kernels() -> None:
