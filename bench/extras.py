@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,8 +135,8 @@ def side_by_side(rounds: int) -> list[Line]:
                         return layer(x)
 
             splits = ("serial", *(("batch",) if B > 1 else ()), "units", split)
-            calls = {how: lambda how=how, run=run: run(how) for how in splits}  # type: ignore[misc]
-            calls["chosen"] = lambda run=run: run(None)  # type: ignore[misc]
+            calls: dict[str, Callable[[], Any]] = {how: partial(run, how) for how in splits}
+            calls["chosen"] = partial(run, None)
             ms = median_ms(calls, rounds)
             best = min(ms[how] for how in splits[:-1])
             found = f"{best / ms[split]:.2f}x, as chosen {best / ms['chosen']:.2f}x"
