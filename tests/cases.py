@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import oracle
 import torch
 from pairwise import pairwise
-from tolerance import Peer, Tensors, last_bits, nearby
+from tolerance import Peer, Tensors, last_bits
 from torch import Tensor
 
 import rnnfast
@@ -398,15 +398,11 @@ def run_peer(problem: Problem) -> Tensors:
     return run_torch(problem) or run_oracle(problem, problem.case.dtype)
 
 
-def moved(problem: Problem, move: Callable[[Tensor], Tensor]) -> Problem:
-    inputs = {k: None if v is None else move(v) for k, v in problem.inputs.items()}
-    return Problem(problem.case, inputs, {k: move(v) for k, v in problem.cotangents.items()})
-
-
-def run_peer_nearby(problem: Problem, seed: int) -> tuple[Tensors, Tensors]:
+def run_peer_again(problem: Problem, seed: int) -> Tensors:
     gen = torch.Generator().manual_seed(seed)
-    neighbour = moved(problem, partial(nearby, gen=gen, seed=seed))
-    return run_peer(moved(neighbour, partial(last_bits, gen=gen))), run_oracle(neighbour)
+    inputs = {k: None if v is None else last_bits(v, gen) for k, v in problem.inputs.items()}
+    cotangents = {k: last_bits(v, gen) for k, v in problem.cotangents.items()}
+    return run_peer(Problem(problem.case, inputs, cotangents))
 
 
 _references: dict[Case, tuple[Problem, Tensors, Peer | None]] = {}
@@ -418,7 +414,7 @@ def solved(case: Case) -> tuple[Problem, Tensors, Peer | None]:
         problem = build(case)
         peer = None
         if case.dtype == torch.float32:
-            peer = Peer(run_peer(problem), partial(run_peer_nearby, problem))
+            peer = Peer(run_peer(problem), partial(run_peer_again, problem))
         _references[case] = problem, run_oracle(problem), peer
     return _references[case]
 
