@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from . import shapes
 
@@ -43,9 +44,59 @@ def pin(threads: int) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+def new_file(device: str, sets: list[str], commit: str) -> Path:
+    """Where results go by default."""
+    label = "-".join(sets) or "chosen"
+    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    return Path("bench/out") / f"{device}-{label}-{today}-{commit.rstrip('+')}.json"
+
+
+def typed(options: argparse.Namespace) -> str:
+    """The command as typed, without the places of the interpreter and of the files."""
+    words = sys.argv[1:]
+    for name in ("out", "resume"):
+        place = str(getattr(options, name))
+        hidden = (f"--{name}", f"--{name}={place}", place)
+        words = [word for word in words if word not in hidden]
+    return f"python -m bench {shlex.join(words)}"
+
+
+def compare_on_gpu(options: argparse.Namespace) -> int:
+    if options.engine != "auto" or options.threads:
+        word = "--threads" if options.threads else "--engine"
+        raise ValueError(f"bench: {word} needs --device cpu, got --device cuda")
+    from . import gpu_compare, gpu_report, gpu_shapes
+    from .compare import commit
+
+    words = options.shapes or ["full"]
+    wish = gpu_compare.Wish(
+        shapes=tuple(words),
+        budget=options.budget,
+        rounds=options.rounds,
+        peers=options.peers and tuple(n for word in options.peers for n in word.split(",")),
+        ours=options.ours,
+        commit=options.commit or commit(),
+        resume=options.resume,
+        command=typed(options),
+    )
+    sets = [word for word in words if word in gpu_shapes.SETS]
+    out = options.out or new_file("cuda", sets, wish.commit)
+    results, faults = gpu_compare.compare(wish, out)
+    written = [out, out.with_suffix(".log"), *gpu_report.finish(out)]
+    print(gpu_report.summary(results))
+    print("\nwritten: " + ", ".join(map(str, written)))
+    for fault in faults:
+        print(f"WRONG: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
 def command_compare(options: argparse.Namespace) -> int:
-    if options.device != "cpu":
-        raise ValueError(f"bench: --device must be cpu in this version, got {options.device}")
+    if options.device == "cuda":
+        return compare_on_gpu(options)
+    only = [name for name in ("budget", "commit", "resume") if getattr(options, name) is not None]
+    if only:
+        raise ValueError(f"bench: --{only[0]} needs --device cuda, got --device cpu")
+    options.shapes = options.shapes or ["readme"]
     chosen = shapes.select(options.shapes)
     threads = options.threads or len(cores())
     pin(threads)
@@ -57,15 +108,8 @@ def command_compare(options: argparse.Namespace) -> int:
     comparison = compare.Comparison(
         threads, plan, names, options.engine, options.ours, options.rounds
     )
-    label = "-".join(sets) or "chosen"
-    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    default = Path("bench/out") / f"cpu-{label}-{today}-{comparison.commit.rstrip('+')}.json"
-    out = options.out or default
-    # the command as typed, without the places of the interpreter and of the output
-    hidden = ("--out", str(options.out), f"--out={options.out}")
-    typed = shlex.join(word for word in sys.argv[1:] if word not in hidden)
-    command = f"python -m bench {typed}"
-    results = compare.compare(comparison, chosen, out, command)
+    out = options.out or new_file("cpu", sets, comparison.commit)
+    results = compare.compare(comparison, chosen, out, typed(options))
     print(table.report(results))
     print(f"\nwritten: {out}")
     for fault in comparison.wrong:
@@ -74,25 +118,38 @@ def command_compare(options: argparse.Namespace) -> int:
 
 
 def command_plot(options: argparse.Namespace) -> int:
-    from . import plot
+    from . import gpu_plot, plot, table
 
     for path in options.files:
-        for picture in plot.draw(path, options.folder or path.parent):
+        draw = gpu_plot.draw if on_gpu(table.load(path)) else plot.draw
+        for picture in draw(path, options.folder or path.parent):
             print(picture)
     return 0
 
 
 def command_table(options: argparse.Namespace) -> int:
-    from . import table
+    from . import gpu_report, table
 
-    print("\n\n".join(table.report(table.load(path), options.markdown) for path in options.files))
+    for path in options.files:
+        results = table.load(path)
+        report = gpu_report.report if on_gpu(results) else table.report
+        print(report(results, options.markdown), end="\n\n" if path != options.files[-1] else "\n")
     return 0
 
 
+def on_gpu(results: dict[str, Any]) -> bool:
+    return bool(results["header"]["device"] == "cuda")
+
+
 def command_list(options: argparse.Namespace) -> int:
-    for shape in shapes.every():
-        sets = " ".join(name for name, members in shapes.SETS.items() if shape in members)
-        print(f"{shape.name:44} {shape.flops() / 1e9:8.3f} GFLOP  {sets}")
+    from . import gpu_shapes
+
+    cuda = options.device == "cuda"
+    for shape in gpu_shapes.GRID if cuda else shapes.every():
+        grid = gpu_shapes.SETS if cuda else shapes.SETS
+        sets = " ".join(name for name, members in grid.items() if shape in members)
+        rank = f"{gpu_shapes.RANKS[shape]:4} " if cuda else ""
+        print(f"{rank}{shape.name:48} {shape.flops() / 1e9:8.3f} GFLOP  {sets}")
     return 0
 
 
@@ -133,11 +190,19 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--shapes",
         nargs="+",
-        default=["readme"],
         metavar="NAME",
-        help="sets (smoke, readme, full), names, or patterns such as 'gru-*-H512'",
+        help="sets (smoke, readme, full; on a GPU smoke, spread, goals, sweeps, cpu, full), names, "
+        "or patterns such as 'gru-*-H512'; default: readme, on a GPU full",
     )
-    run.add_argument("--device", default="cpu", help="cpu")
+    run.add_argument(
+        "--device",
+        default="cpu",
+        choices=["cpu", "cuda"],
+        help="cuda: against cuDNN, points by value; a dry run where there is no GPU",
+    )
+    run.add_argument("--budget", type=float, metavar="SECONDS", help="GPU: of measuring; then stop")
+    run.add_argument("--resume", type=Path, metavar="FILE", help="GPU: keep the rows of this file")
+    run.add_argument("--commit", help="GPU: of a copy of the checkout without its history")
     run.add_argument("--threads", type=int, help="of everybody; default: the cores here")
     run.add_argument("--out", type=Path, help="JSON; default: a new file under bench/out/")
     run.add_argument("--rounds", type=int, help="timed rounds a shape; default: by time")
@@ -188,6 +253,7 @@ def parser() -> argparse.ArgumentParser:
 
     listing = commands.add_parser("list", help="name every shape and its sets")
     listing.set_defaults(run=command_list)
+    listing.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     return main
 
 

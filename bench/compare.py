@@ -14,11 +14,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from . import peers as peers_module
@@ -115,18 +116,28 @@ def wait_for_quiet() -> None:
             return
 
 
-def rounds_of(entries: list[Entry], count: int, order: random.Random, end: float) -> None:
+def rounds_of(
+    entries: Sequence[Entry],
+    count: int,
+    order: random.Random,
+    end: float,
+    pause: Callable[[], None] = wait_for_quiet,
+) -> None:
     """`count` rounds, everyone once in each, in a new order every time; after `end` at least 3."""
     for index in range(count):
         if index >= LEAST_ROUNDS and time.perf_counter() > end:
             return
         for entry in order.sample(entries, len(entries)):
-            wait_for_quiet()
+            pause()
             entry.measure()
 
 
 def race(
-    entries: list[Entry], plan: Plan, rounds: int | None, twins: list[tuple[str, str]]
+    entries: Sequence[Entry],
+    plan: Plan,
+    rounds: int | None,
+    twins: list[tuple[str, str]],
+    pause: Callable[[], None] = wait_for_quiet,
 ) -> None:
     """Times everyone, once more if ours disagrees with itself and time is left."""
     order = random.Random(0)
@@ -137,17 +148,70 @@ def race(
     by_name = {entry.name: entry for entry in entries}
 
     end = math.inf if rounds else start + PATIENCE * plan.budget
-    rounds_of(entries, count, order, end)
+    rounds_of(entries, count, order, end, pause)
     noisy = any(disagreement(by_name[a], by_name[b]) > AGREEMENT for a, b in twins)
     if noisy and rounds is None and time.perf_counter() - start < 2 * plan.budget:
-        rounds_of(entries, count, order, end)
+        rounds_of(entries, count, order, end, pause)
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Garbage is collected before, not between the samples."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def disagreement(one: Entry, other: Entry) -> float:
     return abs(one.ms / other.ms - 1)
 
 
-class Comparison:
+class Roster:
+    """Who takes part: built and found right, or left out and counted with the reason."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.left_out: dict[str, dict[str, int]] = {}  # peer -> reason -> number of shapes
+        self.wrong: list[str] = []
+
+    def admit(
+        self,
+        shape: Shape,
+        kinds: Iterable[type[Peer]],
+        ours: Sequence[type[Peer]],
+        build: Callable[[type[Peer]], Peer],
+        check: Callable[[Peer], str | None],
+    ) -> dict[str, Peer]:
+        """Everyone who can and in whose results `check` finds no fault, by name."""
+        found: dict[str, Peer] = {}
+        for kind in kinds:
+            try:
+                peer = build(kind)
+                fault = check(peer)
+                if fault:
+                    self.wrong.append(f"{shape.name}: {kind.name}: {fault}")
+                    raise CantRun(f"{shape.name}: wrong result: {fault}")
+                found[kind.name] = peer
+            except CantRun as reason:
+                self._leave_out(kind, str(reason))
+            except torch.OutOfMemoryError:
+                self._leave_out(kind, f"{shape.name}: out of memory")
+            except Exception as error:  # a peer that breaks costs its column, not the run
+                text = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+                self._leave_out(kind, f"{shape.name}: {text}")
+                if kind in ours:
+                    self.wrong.append(f"{shape.name}: {kind.name}: {text}")
+        return found
+
+    def _leave_out(self, kind: type[Peer], reason: str) -> None:
+        reasons = self.left_out.setdefault(kind.name, {})
+        reasons[reason] = reasons.get(reason, 0) + 1
+
+
+class Comparison(Roster):
     """Measures shapes one by one; `rows` and `left_out` grow."""
 
     def __init__(
@@ -159,6 +223,7 @@ class Comparison:
         ours: str = "rnnfast",
         rounds: int | None = None,
     ) -> None:
+        super().__init__()
         self.threads, self.plan, self.rounds, self.engine = threads, plan, rounds, engine
         self.everyone = peer_classes()
         chosen = list(self.everyone) if names is None else names
@@ -177,9 +242,6 @@ class Comparison:
         elif engine != "auto":
             self.ours = peers_module.forced(engine)
             self.frozen = peers_module.forced(engine, RnnfastFrozen)
-        self.rows: list[dict[str, Any]] = []
-        self.left_out: dict[str, dict[str, int]] = {}  # peer -> reason -> number of shapes
-        self.wrong: list[str] = []
         self.versions = versions()
         self.commit = commit()
         self.limits = Limits(threads, plan.limits_budget)
@@ -209,31 +271,21 @@ class Comparison:
         exact = Problem(replace(shape, dtype="float32"))
         reference = baseline(exact, self.threads).results()
         ours: list[type[Peer]] = [self.ours, self.frozen] if self.frozen else [self.ours]
-        found: dict[str, Peer] = {}
-        for kind in [*ours, *self.peers]:
-            if shape.dtype == "float32" and "float32" not in kind.dtypes:
-                continue  # there for other shapes only
-            try:
-                peer = kind(problem, self.threads)
-                fault = difference(peer.results(), reference, shape.dtype)
-                if fault:
-                    self.wrong.append(f"{shape.name}: {kind.name}: {fault}")
-                    raise CantRun(f"{shape.name}: wrong result: {fault}")
-                found[kind.name] = peer
-            except CantRun as reason:
-                self._leave_out(kind, str(reason))
-            except Exception as error:  # a peer that breaks costs its column, not the run
-                text = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-                self._leave_out(kind, f"{shape.name}: {text}")
-                if kind in ours:
-                    self.wrong.append(f"{shape.name}: {kind.name}: {text}")
+        kinds = [
+            kind  # some are there for other shapes only
+            for kind in [*ours, *self.peers]
+            if shape.dtype != "float32" or "float32" in kind.dtypes
+        ]
+        found = self.admit(
+            shape,
+            kinds,
+            ours,
+            lambda kind: kind(problem, self.threads),
+            lambda peer: difference(peer.results(), reference, shape.dtype),
+        )
         if self.frozen and not any(peer.against_frozen for peer in found.values()):
             found.pop(self.frozen.name, None)  # nobody to compare it with
         return found
-
-    def _leave_out(self, kind: type[Peer], reason: str) -> None:
-        reasons = self.left_out.setdefault(kind.name, {})
-        reasons[reason] = reasons.get(reason, 0) + 1
 
     def run(self, shape: Shape) -> None:
         """Adds the rows of one shape: our plain layer, then the frozen one."""
@@ -246,12 +298,8 @@ class Comparison:
             return
         entries = [Entry(name, peer.inner, peer.mode) for name, peer in built.items()]
         entries += [Entry(name + AGAIN, built[name].inner, built[name].mode) for name in mine]
-        gc.collect()
-        gc.disable()
-        try:
+        with no_collection():
             race(entries, self.plan, self.rounds, [(name, name + AGAIN) for name in mine])
-        finally:
-            gc.enable()
         times = {entry.name: entry for entry in entries}
         for name in mine:
             frozen, alone = name == frozen_name, len(mine) == 1
@@ -271,16 +319,7 @@ class Comparison:
                     "device": "cpu",
                     "versions": self.versions,
                     "commit": self.commit,
-                    "cell": shape.cell,
-                    "mode": shape.mode,
-                    "dtype": shape.dtype,
-                    "T": shape.T,
-                    "B": shape.B,
-                    "I": shape.input_size,
-                    "H": shape.H,
-                    "layers": shape.layers,
-                    "bidirectional": shape.bidirectional,
-                    "packed": shape.packed,
+                    **shape.columns(),
                     "frozen": frozen,
                     "ours_ms": significant(both.ms),
                     "peers": {key: significant(entry.ms) for key, entry in rivals.items()},

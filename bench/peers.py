@@ -42,6 +42,9 @@ ENGINES: dict[str, dict[str, str]] = {
 }
 
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # the others are float32's
+
+
 class CantRun(Exception):
     """This peer has no time for this shape, and why."""
 
@@ -107,12 +110,12 @@ class TorchModule(Peer):
 
     def finish(self, module: nn.Module) -> nn.Module:
         """The module that is called, from the one that has the weights."""
-        return module.to(self.dtype)
+        return module.to(self.problem.device, self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of input and states."""
-        return torch.bfloat16 if self.problem.shape.dtype == "bfloat16" else torch.float32
+        return DTYPES.get(self.problem.shape.dtype, torch.float32)
 
     def hx(self) -> Any:
         hx: Any = self.problem.hx()
@@ -123,16 +126,20 @@ class TorchModule(Peer):
     def build(self, threads: int) -> None:
         torch.set_num_threads(threads)
         problem, shape = self.problem, self.problem.shape
-        self.module = self.make_module()
+        with problem.device:  # or large weights would be drawn and moved in vain
+            self.module = self.make_module()
         self.module.load_state_dict(problem.weights)
         self.module = self.finish(self.module)
         module, hx = self.module, self.hx()
         numbers = problem.x.to(self.dtype)
         x: Any = problem.pack(numbers) if shape.packed else numbers
-        if shape.mode == "training":
+        if shape.mode in ("forward", "training"):
             module.train()
             leaf = (x.data if shape.packed else x).clone().requires_grad_()
             x = x._replace(data=leaf) if shape.packed else leaf
+        if shape.mode == "forward":
+            self.call = lambda: module(x, hx)
+        elif shape.mode == "training":
             wanted = [leaf, *module.parameters()]
             dy = (problem.pack(problem.dy).data if shape.packed else problem.dy).to(self.dtype)
 
@@ -147,7 +154,8 @@ class TorchModule(Peer):
 
             self.infer(lambda: module(x, hx))
 
-    def results(self) -> Results:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Outcome of one call in torch's layout, where it is."""
         problem = self.problem
         out = self.call()
         if problem.shape.mode == "training":
@@ -163,7 +171,11 @@ class TorchModule(Peer):
             found = {"y": problem.pad(y.data) if problem.shape.packed else y}
             states = state if isinstance(state, tuple) else (state,)
             found |= dict(zip(("h_n", "c_n"), states, strict=False))
-        return {name: value.float().numpy() for name, value in found.items()}
+        return found
+
+    def results(self) -> Results:
+        found = self.tensors()
+        return {name: value.detach().float().cpu().numpy() for name, value in found.items()}
 
 
 class TorchNN(TorchModule):
@@ -252,7 +264,7 @@ class TorchLoop(TorchModule):
 
     name = "torch loop"
     package = "torch"
-    dtypes = ("float32",)
+    dtypes: tuple[str, ...] = ("float32",)
     cells = ("indrnn",)
 
     def make_module(self) -> nn.Module:
@@ -303,8 +315,8 @@ class Rnnfast(TorchModule):
 
         self.infer(lambda: module.step(x, hx))
 
-    def results(self) -> Results:
-        found = super().results()
+    def tensors(self) -> dict[str, torch.Tensor]:
+        found = super().tensors()
         if found["y"].ndim == 2:
             found["y"] = found["y"][None]
         return found

@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1, "indrnn": 1}
-MODES = ("streaming", "inference", "training")
-# bytes of a weight; int8: float32 layers with int8 weights
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+MODES = ("streaming", "inference", "forward", "training")
+# bytes of a weight; int8: float32 layers with int8 weights; tfloat32: float32 layers whose products
+# may round to TF32, on a GPU
+WEIGHT_BYTES = {"float32": 4, "tfloat32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
 class Shape:
     """One point of the grid: a cell, a mode and sizes (letters as in the library's errors).
 
-    ``streaming`` is inference of T = 1 with the state passed in; ``packed`` is a PackedSequence
-    with lengths spread evenly over [T/2, T].
+    ``streaming`` is inference of T = 1 with the state passed in, ``forward`` the half of
+    ``training`` that keeps what backward needs; ``packed`` is a PackedSequence with lengths spread
+    evenly over [T/2, T].
     """
 
     cell: str
@@ -62,6 +64,21 @@ class Shape:
     @property
     def name(self) -> str:
         return "-".join([self.cell, self.mode, *self.short.split()])
+
+    def columns(self) -> dict[str, Any]:
+        """What a row of a result file says of the shape; table.shape_of reads it back."""
+        return {
+            "cell": self.cell,
+            "mode": self.mode,
+            "dtype": self.dtype,
+            "T": self.T,
+            "B": self.B,
+            "I": self.input_size,
+            "H": self.H,
+            "layers": self.layers,
+            "bidirectional": self.bidirectional,
+            "packed": self.packed,
+        }
 
     def lengths(self) -> list[int]:
         """Length of every sequence, longest first."""

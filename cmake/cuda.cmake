@@ -1,5 +1,4 @@
-# Decides on CUDA and says so in one line. There are no CUDA engines yet: what is compiled proves that the cells, which are
-# written once for CPU and GPU, are good device code, and nothing of it is installed.
+# Decides on CUDA and says so in one line: by nvcc, never by a GPU. Then the engine's objects, one a dtype.
 set(RNNFAST_CUDA_ON OFF)
 if(RNNFAST_CUDA STREQUAL "0")
   message(STATUS "rnnfast: CUDA off (RNNFAST_CUDA=0)")
@@ -16,20 +15,40 @@ else()
 endif()
 
 if(RNNFAST_CUDA_ON)
-  # nvcc itself knows its toolkit; the file on PATH may be a wrapper that lies elsewhere.
-  execute_process(COMMAND ${RNNFAST_NVCC} --version OUTPUT_VARIABLE nvcc_text)
-  string(REGEX MATCH "release ([0-9.]+)" nvcc_release "${nvcc_text}")
-  set(nvcc_release "${CMAKE_MATCH_1}")  # kept here: the next expression sets CMAKE_MATCH_1 anew
-  list(TRANSFORM RNNFAST_CUDA_ARCHS REPLACE "(.+)" "-gencode=arch=compute_\\1,code=sm_\\1" OUTPUT_VARIABLE gencodes)
-  add_custom_command(
-    OUTPUT ${CMAKE_BINARY_DIR}/cells_on_device.o
-    COMMAND ${RNNFAST_NVCC} -std=c++20 -O3 -Xcompiler -fPIC ${gencodes} -Werror all-warnings -c
-            ${CMAKE_SOURCE_DIR}/csrc/cuda/cells_on_device.cu -o ${CMAKE_BINARY_DIR}/cells_on_device.o
-    DEPENDS csrc/cuda/cells_on_device.cu csrc/cells/list.h csrc/cells/cell.h csrc/cells/lstm.h csrc/cells/gru.h csrc/cells/rnn.h
-            csrc/cells/indrnn.h csrc/core/math.h csrc/core/target.h
-    COMMENT "Compiling the cells for the device (sm_${RNNFAST_CUDA_ARCHS})"
-    VERBATIM)
-  add_custom_target(rnnfast_cuda ALL DEPENDS ${CMAKE_BINARY_DIR}/cells_on_device.o)
-  message(STATUS "rnnfast: CUDA on (RNNFAST_CUDA=${RNNFAST_CUDA}, nvcc ${nvcc_release}, sm_${RNNFAST_CUDA_ARCHS}): "
-                 "the cells are compiled for the device; this version has no CUDA engine, so no _C_cuda is installed")
+  # 80,90a: machine code for these; 100+PTX: also what later devices can compile.
+  set(CMAKE_CUDA_ARCHITECTURES "")
+  if(RNNFAST_CUDA_ARCHS STREQUAL "release")
+    set(RNNFAST_CUDA_ARCHS "80,90a,100+PTX")
+  endif()
+  string(REPLACE "," ";" cuda_archs "${RNNFAST_CUDA_ARCHS}")
+  foreach(arch IN LISTS cuda_archs)
+    if(NOT arch MATCHES "^([0-9]+[af]?)(\\+PTX)?$")
+      message(FATAL_ERROR "rnnfast: RNNFAST_CUDA_ARCHS must be release or a list like 80,90a,100+PTX, got '${RNNFAST_CUDA_ARCHS}'.")
+    endif()
+    list(APPEND CMAKE_CUDA_ARCHITECTURES "${CMAKE_MATCH_1}-real")
+    if(CMAKE_MATCH_2)
+      list(APPEND CMAKE_CUDA_ARCHITECTURES "${CMAKE_MATCH_1}-virtual")
+    endif()
+  endforeach()
+  set(CMAKE_CUDA_COMPILER ${RNNFAST_NVCC})
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+  message(STATUS "rnnfast: CUDA on (RNNFAST_CUDA=${RNNFAST_CUDA}, nvcc ${CMAKE_CUDA_COMPILER_VERSION}, sm_${RNNFAST_CUDA_ARCHS})")
+
+  function(rnnfast_cuda_type name scalar)
+    add_library(cuda_${name} OBJECT csrc/cuda/engine.cu)
+    target_compile_definitions(cuda_${name} PRIVATE RNNFAST_TARGET=cuda RNNFAST_SCALAR=${scalar})
+    # ptxas tells of each kernel what it uses: tests/ptxas.py reads it from the build's log.
+    target_compile_options(cuda_${name} PRIVATE -Werror=all-warnings -Xptxas=-v)
+    list(APPEND RNNFAST_CUDA_OBJECTS $<TARGET_OBJECTS:cuda_${name}>)
+    set(RNNFAST_CUDA_OBJECTS ${RNNFAST_CUDA_OBJECTS} PARENT_SCOPE)
+  endfunction()
+  rnnfast_cuda_type(float32 float)
+  rnnfast_cuda_type(float64 double)
+  rnnfast_cuda_type(float16 Float16)
+  rnnfast_cuda_type(bfloat16 BFloat16)
+  add_custom_target(rnnfast_cuda DEPENDS cuda_float32 cuda_float64 cuda_float16 cuda_bfloat16)
 endif()

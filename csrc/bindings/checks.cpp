@@ -34,6 +34,11 @@ int32_t dtype_number(ScalarType dtype) {
   }
 }
 
+std::string place_text(Place place) {
+  if (place.type == aoti_torch_device_type_cpu()) return "cpu";
+  return place.is_cuda() ? "cuda:" + std::to_string(place.index) : "another device";
+}
+
 std::string numbers_text(const int64_t* sizes, int64_t count) {
   std::string text = "(";
   for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
@@ -55,6 +60,15 @@ void prefer_huge_pages([[maybe_unused]] const Tensor& tensor) {
 
 }  // namespace
 
+Place place_of(const Tensor& tensor) {
+  Place place{};
+  if (aoti_torch_get_device_type(tensor.get(), &place.type) != AOTI_TORCH_SUCCESS ||
+      aoti_torch_get_device_index(tensor.get(), &place.index) != AOTI_TORCH_SUCCESS)
+    fail("a tensor has no device");
+  if (!place.is_cuda()) place.index = 0;  // torch may give -1 or 0 for the CPU
+  return place;
+}
+
 void fail(const std::string& what) { throw std::runtime_error("rnnfast: " + what); }
 
 std::string shape_text(const Tensor& tensor) {
@@ -71,8 +85,8 @@ const CellInfo& checked_cell(int64_t cell) {
 }
 
 ScalarType checked_dtype(const char* name, const Tensor& tensor) {
-  if (!tensor.is_cpu())
-    fail(std::string(name) + " must be a CPU tensor: this version has no engine for other devices");
+  if (!tensor.is_cpu() && !tensor.is_cuda())
+    fail(std::string(name) + " must be a CPU or CUDA tensor: there is no engine for other devices");
   const ScalarType dtype = tensor.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::Double && dtype != ScalarType::BFloat16 &&
       dtype != ScalarType::Half)
@@ -96,14 +110,15 @@ void check_shape(const char* name, const Tensor& tensor, const char* letters,
          shape_text(tensor));
 }
 
-void check_same(const char* name, const Tensor& tensor, ScalarType dtype) {
-  if (!tensor.is_cpu()) fail(std::string(name) + " must be on the same device as x (cpu)");
+void check_same(const char* name, const Tensor& tensor, ScalarType dtype, Place place) {
+  if (place_of(tensor) != place)
+    fail(std::string(name) + " must be on the same device as x (" + place_text(place) + ")");
   if (tensor.scalar_type() != dtype)
     fail(std::string(name) + " must have the dtype of x, " + dtype_text(dtype) + ", got " +
          dtype_text(tensor.scalar_type()));
 }
 
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, Place place) {
   int64_t strides[4];
   int64_t stride = 1;
   bool overflow = false;
@@ -115,16 +130,21 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   const auto status = overflow ? AOTI_TORCH_FAILURE
                                : aoti_torch_empty_strided(
                                      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                     dtype_number(dtype), aoti_torch_device_type_cpu(), 0, &handle);
+                                     dtype_number(dtype), place.type, place.index, &handle);
   if (status != AOTI_TORCH_SUCCESS)
     fail("a result of shape " + numbers_text(sizes.begin(), static_cast<int64_t>(sizes.size())) +
          " and type " + dtype_text(dtype) + " can't be allocated");
   const Tensor tensor(handle);
-  prefer_huge_pages(tensor);
+  if (!place.is_cuda()) prefer_huge_pages(tensor);
   return tensor;
 }
 
 void fill_zero(const Tensor& tensor) {
+  if (tensor.is_cuda()) {
+    Tensor to = tensor;
+    torch::stable::zero_(to);
+    return;
+  }
   std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size());
 }
 
@@ -136,6 +156,7 @@ Tensor unit_stride(const Tensor& tensor) {
 
 CheckedLayer::CheckedLayer(const LayerTensors& t)
     : dtype(checked_dtype("x", t.x)),
+      place(place_of(t.x)),
       cell(checked_cell(t.cell)),
       projection(t.w_hr.has_value()),
       x_(t.x),
@@ -163,11 +184,11 @@ CheckedLayer::CheckedLayer(const LayerTensors& t)
   h0_ = t.h0;
   c0_ = t.c0;
   if (h0_) {
-    check_same("h0", *h0_, dtype);
+    check_same("h0", *h0_, dtype, place);
     check_shape("h0", *h0_, projection ? "(B, P)" : "(B, H)", {batch, output_size});
   }
   if (c0_) {
-    check_same("c0", *c0_, dtype);
+    check_same("c0", *c0_, dtype, place);
     check_shape("c0", *c0_, "(S-1, B, H)", {cell.states - 1, batch, hidden_size});
   }
   reset_ = t.reset;
@@ -185,8 +206,8 @@ CheckedLayer::CheckedLayer(const LayerTensors& t)
 }
 
 void CheckedLayer::check_weights() {
-  check_same("w_ih", w_ih_, dtype);
-  check_same("w_hh", w_hh_, dtype);
+  check_same("w_ih", w_ih_, dtype, place);
+  check_same("w_hh", w_hh_, dtype, place);
   if (w_ih_.dim() != 2 || w_ih_.size(0) % cell.gates != 0 || w_ih_.size(0) == 0)
     fail("w_ih must have shape (G*H, I) with G = " + std::to_string(cell.gates) + " for " +
          cell.name + ", got " + shape_text(w_ih_));
@@ -196,7 +217,7 @@ void CheckedLayer::check_weights() {
   check_shape("w_ih", w_ih_, "(G*H, I)", {gate_rows, input_size});
   if (projection) {
     if (cell.states != 2) fail(std::string("w_hr is for lstm only, got cell ") + cell.name);
-    check_same("w_hr", *w_hr_, dtype);
+    check_same("w_hr", *w_hr_, dtype, place);
     if (w_hr_->dim() != 2) fail("w_hr must have shape (P, H), got " + shape_text(*w_hr_));
     output_size = w_hr_->size(0);
     check_shape("w_hr", *w_hr_, "(P, H)", {output_size, hidden_size});
@@ -208,7 +229,7 @@ void CheckedLayer::check_weights() {
     check_shape("w_hh", w_hh_, projection ? "(G*H, P)" : "(G*H, H)", {gate_rows, output_size});
   for (const auto& [name, bias] : {std::pair{"b_ih", &b_ih_}, std::pair{"b_hh", &b_hh_}}) {
     if (!*bias) continue;
-    check_same(name, **bias, dtype);
+    check_same(name, **bias, dtype, place);
     check_shape(name, **bias, "(G*H,)", {gate_rows});
   }
 }
@@ -241,13 +262,35 @@ void CheckedLayer::check_batch_sizes(const OptionalTensor& batch_sizes) {
 }
 
 void CheckedLayer::check_reset() const {
-  if (!reset_->is_cpu()) fail("reset must be on the same device as x (cpu)");
+  if (place_of(*reset_) != place)
+    fail("reset must be on the same device as x (" + place_text(place) + ")");
   if (reset_->scalar_type() != ScalarType::Bool)
     fail("reset must be bool, got " + std::string(dtype_text(reset_->scalar_type())));
   if (packed_rows)
     check_shape("reset", *reset_, "(N,)", {rows});
   else
     check_shape("reset", *reset_, "(T, B)", {seq_len, batch});
+}
+
+namespace {
+
+// Between the rows of x, if they all lie at one distance.
+int64_t row_distance(const Tensor& x) {
+  const int64_t columns = x.size(x.dim() - 1);
+  if (x.dim() == 2) return x.size(0) > 1 ? x.stride(0) : columns;
+  if (x.size(1) > 1) return x.stride(1);
+  return x.size(0) > 1 ? x.stride(0) : columns;
+}
+
+bool are_rows_even(const Tensor& x) {
+  return x.dim() == 2 || x.size(0) == 1 || x.size(1) == 1 || x.stride(0) == x.size(1) * x.stride(1);
+}
+
+}  // namespace
+
+void CheckedLayer::space_rows_evenly() {
+  if (!are_rows_even(x_) || row_distance(x_) < input_size) x_ = torch::stable::contiguous(x_);
+  even_rows_ = true;
 }
 
 Tensor torch_contiguous(const Tensor& tensor) {
@@ -291,6 +334,7 @@ void CheckedLayer::fill(LayerArgs<scalar_t>& args) const {
   args.reverse = reverse_;
   args.reset = data<uint8_t>(reset_);
   args.x = rows_of<scalar_t>(x_);
+  if (even_rows_) args.x.row_stride = row_distance(x_);
   args.h0 = data<scalar_t>(h0_);
   args.c0 = data<scalar_t>(c0_);
   args.w_ih = data<scalar_t>(w_ih_);
@@ -306,5 +350,7 @@ template void CheckedLayer::fill(LayerArgs<BFloat16>&) const;
 template void CheckedLayer::fill(LayerArgs<Float16>&) const;
 template Rows<const float> CheckedLayer::rows_of(const Tensor&) const;
 template Rows<const double> CheckedLayer::rows_of(const Tensor&) const;
+template Rows<const BFloat16> CheckedLayer::rows_of(const Tensor&) const;
+template Rows<const Float16> CheckedLayer::rows_of(const Tensor&) const;
 
 }  // namespace rnnfast

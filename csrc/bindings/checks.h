@@ -22,6 +22,14 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
+// Where a tensor lives.
+struct Place {
+  int32_t type, index;
+  bool is_cuda() const { return type == aoti_torch_device_type_cuda(); }
+  bool operator==(const Place& other) const = default;
+};
+Place place_of(const Tensor& tensor);
+
 // What an operator was given, as it came.
 struct LayerTensors {
   const Tensor& x;
@@ -37,14 +45,14 @@ struct LayerTensors {
 std::string shape_text(const Tensor& tensor);
 
 const CellInfo& checked_cell(int64_t cell);
-// float32, float64, bfloat16 or float16, on the CPU
+// float32, float64, bfloat16 or float16, on the CPU or a CUDA device
 ScalarType checked_dtype(const char* name, const Tensor& tensor);
 ScalarType accumulator_dtype(ScalarType dtype);  // of sums and of what backward keeps
 // `letters` and `sizes` name the same dimensions: check_shape("w_hr", w_hr, "(P, H)", {p, h}).
 void check_shape(const char* name, const Tensor& tensor, const char* letters,
                  std::initializer_list<int64_t> sizes);
-void check_same(const char* name, const Tensor& tensor, ScalarType dtype);  // dtype and device
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype);
+void check_same(const char* name, const Tensor& tensor, ScalarType dtype, Place place);
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, Place place);
 void fill_zero(const Tensor& tensor);
 
 // The checked problem: sizes, tensors made contiguous where
@@ -54,6 +62,7 @@ class CheckedLayer {
   explicit CheckedLayer(const LayerTensors& tensors);
 
   ScalarType dtype;
+  Place place;
   const CellInfo& cell;
   int64_t seq_len, batch, input_size, hidden_size, output_size, rows;
   bool packed_rows;
@@ -61,6 +70,8 @@ class CheckedLayer {
   int64_t planes() const { return cell.saved + cell.states - 1 + (projection ? 1 : 0); }
   bool projection;
 
+  // From now on fill() gives x with all rows, of all steps, x.row_stride apart: as one matrix.
+  void space_rows_evenly();
   // Pointers into the checked tensors; valid while this object lives.
   template <class scalar_t>
   void fill(LayerArgs<scalar_t>& args) const;
@@ -77,7 +88,7 @@ class CheckedLayer {
   Tensor x_, w_ih_, w_hh_;
   OptionalTensor h0_, c0_, b_ih_, b_hh_, w_hr_, reset_;
   std::vector<int64_t> batch_sizes_, offsets_;
-  bool reverse_;
+  bool reverse_, even_rows_ = false;
 };
 
 Tensor torch_contiguous(const Tensor& tensor);  // itself if it is contiguous

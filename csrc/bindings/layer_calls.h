@@ -8,14 +8,6 @@
 
 namespace rnnfast {
 
-inline Threads torch_threads() {
-  return {static_cast<int>(torch::stable::get_num_threads()),
-          [](int count, void (*run)(long, long, void*), void* context) {
-            torch::stable::parallel_for(
-                0, count, 1, [&](int64_t begin, int64_t end) { run(begin, end, context); });
-          }};
-}
-
 // y, h_n, c_n, saved
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
@@ -29,46 +21,35 @@ struct Pass {
 // A checked forward pass with room for its results.
 struct ForwardCall {
   CheckedLayer layer;
-  OptionalTensor packed;
   ForwardResult result;
   bool save;
 
-  // `used`: a y that nobody reads any more, for this one if it has the same shape.
-  ForwardCall(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
-              const OptionalTensor& packed_weights, int64_t cell, bool reverse, bool saves,
-              const Tensor* used = nullptr)
+  // `packed`: of the weights only the shapes count. `used`: a y that nobody reads any more, for
+  // this one if it has the same shape.
+  ForwardCall(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes, bool packed,
+              int64_t cell, bool reverse, bool saves, const Tensor* used = nullptr)
       : layer({x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, batch_sizes, d.reset, cell,
-               reverse, packed_weights.has_value()}),
-        packed(packed_weights),
+               reverse, packed}),
         result(room(layer, saves, used)),
-        save(saves) {
-    if (packed && (!packed->is_cpu() || packed->scalar_type() != ScalarType::Byte ||
-                   packed->dim() != 1 || !packed->is_contiguous()))
-      fail("packed must be a uint8 CPU tensor as pack returned it, got one of shape " +
-           shape_text(*packed));
-  }
+        save(saves) {}
 
   static ForwardResult room(const CheckedLayer& layer, bool save, const Tensor* used) {
     const ScalarType dtype = layer.dtype, kept = accumulator_dtype(dtype);
+    const Place at = layer.place;
     const bool fits = used && used->size(used->dim() - 1) == layer.output_size;
     return {fits                ? *used
-            : layer.packed_rows ? empty({layer.rows, layer.output_size}, dtype)
-                                : empty({layer.seq_len, layer.batch, layer.output_size}, dtype),
-            empty({layer.batch, layer.output_size}, dtype),
-            empty({layer.cell.states - 1, layer.batch, layer.hidden_size}, dtype),
-            save ? empty({layer.rows, layer.planes(), layer.hidden_size}, kept) : empty({0}, kept)};
+            : layer.packed_rows ? empty({layer.rows, layer.output_size}, dtype, at)
+                                : empty({layer.seq_len, layer.batch, layer.output_size}, dtype, at),
+            empty({layer.batch, layer.output_size}, dtype, at),
+            empty({layer.cell.states - 1, layer.batch, layer.hidden_size}, dtype, at),
+            save ? empty({layer.rows, layer.planes(), layer.hidden_size}, kept, at)
+                 : empty({0}, kept, at)};
   }
 
   template <class scalar_t>
-  ForwardArgs<scalar_t> args(Isa isa, int64_t cell, WeightFormat& format) const {
+  ForwardArgs<scalar_t> args() const {
     ForwardArgs<scalar_t> args{};
     layer.fill(args);
-    format = WeightFormat::kPlain;
-    if (packed && !take_packed(isa, static_cast<int>(cell),
-                               static_cast<const char*>(packed->const_data_ptr()), packed->numel(),
-                               args, format))
-      fail(std::string("packed was made for another ISA, dtype, cell or size of weights than ") +
-           layer.cell.name + " on " + isa_name(isa) + "; call pack again");
     args.y = out<scalar_t>(std::get<0>(result));
     args.h_n = out<scalar_t>(std::get<1>(result));
     args.c_n = out<scalar_t>(std::get<2>(result));
@@ -97,7 +78,7 @@ struct Incoming {
   int64_t needs;
 };
 
-// A checked backward pass in float32 or float64 with room for its results.
+// A checked backward pass with room for its results.
 struct BackwardCall {
   CheckedLayer layer;
   Incoming in;
@@ -114,7 +95,7 @@ struct BackwardCall {
   static Incoming checked(const CheckedLayer& layer, const Pass& d, const Incoming& given) {
     const ScalarType dtype = layer.dtype;
     const auto check_rows = [&](const char* name, const Tensor& tensor) {
-      check_same(name, tensor, dtype);
+      check_same(name, tensor, dtype, layer.place);
       if (layer.packed_rows)
         check_shape(name, tensor, "(N, P)", {layer.rows, layer.output_size});
       else
@@ -126,18 +107,18 @@ struct BackwardCall {
       in.dy = unit_stride(*in.dy);
     }
     if (in.dh_n) {
-      check_same("dh_n", *in.dh_n, dtype);
+      check_same("dh_n", *in.dh_n, dtype, layer.place);
       check_shape("dh_n", *in.dh_n, "(B, P)", {layer.batch, layer.output_size});
       in.dh_n = torch_contiguous(*in.dh_n);
     }
     if (in.dc_n) {
-      check_same("dc_n", *in.dc_n, dtype);
+      check_same("dc_n", *in.dc_n, dtype, layer.place);
       check_shape("dc_n", *in.dc_n, "(S-1, B, H)",
                   {layer.cell.states - 1, layer.batch, layer.hidden_size});
       in.dc_n = torch_contiguous(*in.dc_n);
     }
     check_rows("y", in.y);
-    check_same("saved", in.saved, accumulator_dtype(dtype));
+    check_same("saved", in.saved, accumulator_dtype(dtype), layer.place);
     check_shape("saved", in.saved, "(N, planes, H)",
                 {layer.rows, layer.planes(), layer.hidden_size});
     const int64_t needs = in.needs;
@@ -154,7 +135,8 @@ struct BackwardCall {
     const int64_t B = layer.batch, I = layer.input_size, H = layer.hidden_size,
                   P = layer.output_size, gates = layer.cell.gates * H;
     const auto if_needed = [&](Needs need, std::initializer_list<int64_t> sizes) {
-      return needs & need ? empty(sizes, layer.dtype) : empty({0}, layer.dtype);
+      return empty(needs & need ? sizes : std::initializer_list<int64_t>{0}, layer.dtype,
+                   layer.place);
     };
     const bool fits = used && needs & kDx && used->size(used->dim() - 1) == I;
     return {fits                ? *used
@@ -180,7 +162,7 @@ struct BackwardCall {
     if (in.dh_n) args.dh_n = data(*in.dh_n);
     if (in.dc_n) args.dc_n = data(*in.dc_n);
     args.y = data(in.y);
-    args.saved = data(in.saved);
+    args.saved = static_cast<const accumulator_of<scalar_t>*>(in.saved.const_data_ptr());
     const auto wanted = [&](Needs need, const Tensor& tensor) {
       return in.needs & need ? out<scalar_t>(tensor) : nullptr;
     };
@@ -195,19 +177,11 @@ struct BackwardCall {
     return args;
   }
 
-  void run(int64_t cell) const {
-    if (layer.empty())
-      std::apply([](const auto&... tensors) { (fill_zero(tensors), ...); }, result);
-    else if (layer.dtype == ScalarType::Float)
-      run_backward(active_isa(), static_cast<int>(cell), args<float>(), torch_threads());
-    else
-      run_backward(active_isa(), static_cast<int>(cell), args<double>(), torch_threads());
+  // The gradients of a layer without rows.
+  void fill_zeros() const {
+    std::apply([](const auto&... tensors) { (fill_zero(tensors), ...); }, result);
   }
 };
-
-// 16-bit numbers are widened once and their gradients rounded once; all between is float32.
-BackwardResult backward_of_half(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
-                                const Incoming& in, int64_t cell, bool reverse);
 
 inline bool is_half(const Tensor& x) {
   const ScalarType dtype = checked_dtype("x", x);

@@ -1,6 +1,6 @@
 // The operators that run one direction of a layer, forward and backward. Allocation, checks and the
 // way into the engine; no maths.
-#include "layer_calls.h"
+#include "cpu_calls.h"
 
 namespace rnnfast {
 namespace {
@@ -9,13 +9,14 @@ ForwardResult forward(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_i
                       OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
                       OptionalTensor batch_sizes, OptionalTensor reset, OptionalTensor packed,
                       int64_t cell, bool reverse, bool save) {
-  const ForwardCall call(x, {h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes, packed,
-                         cell, reverse, save);
+  const ForwardCall call(x, {h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes,
+                         packed.has_value(), cell, reverse, save);
+  check_packed(packed);
   if (call.layer.empty()) return call.result;
   const Isa isa = active_isa();
   with_type(call.layer.dtype, [&](auto scalar) {
     WeightFormat format;
-    auto args = call.args<decltype(scalar)>(isa, cell, format);
+    auto args = cpu_args<decltype(scalar)>(call, packed, isa, cell, format);
     run_forward(isa, static_cast<int>(cell), args, format, torch_threads());
   });
   return call.result;
@@ -62,7 +63,7 @@ BackwardResult backward_of_half(const Tensor& x, const Pass& d, const OptionalTe
       batch_sizes,
       {widened(in.dy), widened(in.dh_n), widened(in.dc_n), widened(in.y), in.saved, in.needs}, cell,
       reverse);
-  wide.run(cell);
+  run_on_cpu(wide, cell);
   return std::apply(
       [&](const auto&... tensors) { return BackwardResult{narrowed(tensors, x.scalar_type())...}; },
       wide.result);
@@ -79,7 +80,7 @@ BackwardResult backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor d
   const Incoming incoming{dy, dh_n, dc_n, y, saved, needs};
   if (is_half(x)) return backward_of_half(x, pass, batch_sizes, incoming, cell, reverse);
   const BackwardCall call(x, pass, batch_sizes, incoming, cell, reverse);
-  call.run(cell);
+  run_on_cpu(call, cell);
   return call.result;
 }
 

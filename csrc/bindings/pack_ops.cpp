@@ -1,4 +1,5 @@
 // The operators that pack weights for layers that are frozen or quantized.
+#include "../cpu/dispatch.h"
 #include "results.h"
 
 namespace rnnfast {
@@ -10,7 +11,8 @@ Tensor pack_op(int64_t cell, const CheckedLayer& layer) {
   LayerArgs<scalar_t> args{};
   layer.fill(args);
   const Isa isa = active_isa();
-  Tensor packed = empty({packed_bytes(isa, static_cast<int>(cell), args)}, ScalarType::Byte);
+  Tensor packed =
+      empty({packed_bytes(isa, static_cast<int>(cell), args)}, ScalarType::Byte, layer.place);
   fill_zero(packed);  // the gaps between its parts, too
   pack_weights(isa, static_cast<int>(cell), args, out<char>(packed));
   return packed;
@@ -20,7 +22,7 @@ Tensor pack_op(int64_t cell, const CheckedLayer& layer) {
 CheckedLayer layer_of_weights(const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& w_hr,
                               int64_t cell, ScalarType dtype, bool shapes_only) {
   if (w_ih.dim() != 2) fail("w_ih must have shape (G*H, I), got " + shape_text(w_ih));
-  const Tensor x = empty({1, 0, w_ih.size(1)}, dtype);
+  const Tensor x = empty({1, 0, w_ih.size(1)}, dtype, place_of(w_ih));
   const OptionalTensor none;
   return CheckedLayer(
       {x, none, none, w_ih, w_hh, none, none, w_hr, none, none, cell, false, shapes_only});
@@ -84,7 +86,8 @@ Tensor pack_int8(Tensor w_ih, Tensor scale_ih, Tensor w_hh, OptionalTensor scale
                             scales(s_hh),
                             scales(s_hr)};
   const Isa isa = active_isa();
-  Tensor packed = empty({packed_bytes_int8(isa, static_cast<int>(cell), args)}, ScalarType::Byte);
+  Tensor packed =
+      empty({packed_bytes_int8(isa, static_cast<int>(cell), args)}, ScalarType::Byte, layer.place);
   fill_zero(packed);
   pack_weights_int8(isa, static_cast<int>(cell), args, weights, out<char>(packed));
   return packed;

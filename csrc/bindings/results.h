@@ -1,7 +1,6 @@
 // Room for results, and the step from a tensor's type to a C++ one.
 #pragma once
 
-#include "../cpu/dispatch.h"
 #include "checks.h"
 
 namespace rnnfast {
@@ -23,10 +22,11 @@ void with_type(ScalarType dtype, const Use& use) {
 }
 
 inline Tensor empty_as(const Tensor& tensor, ScalarType dtype) {
+  const Place place = place_of(tensor);
   switch (tensor.dim()) {
-    case 1: return empty({tensor.size(0)}, dtype);
-    case 2: return empty({tensor.size(0), tensor.size(1)}, dtype);
-    default: return empty({tensor.size(0), tensor.size(1), tensor.size(2)}, dtype);
+    case 1: return empty({tensor.size(0)}, dtype, place);
+    case 2: return empty({tensor.size(0), tensor.size(1)}, dtype, place);
+    default: return empty({tensor.size(0), tensor.size(1), tensor.size(2)}, dtype, place);
   }
 }
 

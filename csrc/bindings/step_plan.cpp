@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "layer_calls.h"
+#include "cpu_calls.h"
 
 namespace rnnfast {
 namespace {

@@ -6,6 +6,8 @@
 //   kSaved       planes that backward needs besides the states (the engine keeps those; h is y)
 //   kRecurrence  how gh comes from h: kDense (w_hh . h) or kDiagonal (u * h)
 //   kSplitGates  whether dgh differs from dgx (false lets the engine keep one buffer)
+//   kReadsH      whether forward reads h_{t-1} itself, and backward gives a part of its gradient,
+//                besides the way through gh
 //   forward(gx, gh, state, saved)
 //       gx, gh: pre-activations of the input and of the hidden side, biases included; V[kGates]
 //       state:  in h_{t-1}, c_{t-1} ..., out h_t, c_t ...

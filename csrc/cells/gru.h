@@ -13,6 +13,7 @@ struct GruCell {
   static constexpr int kSaved = 4;  // r z n gh_n
   static constexpr Recurrence kRecurrence = Recurrence::kDense;
   static constexpr bool kSplitGates = true;
+  static constexpr bool kReadsH = true;
 
   template <class V>
   RNNFAST_HD static void forward(const V (&gx)[3], const V (&gh)[3], V (&state)[1], V (&saved)[4]) {

@@ -13,6 +13,7 @@ struct LstmCell {
   static constexpr int kSaved = 4;
   static constexpr Recurrence kRecurrence = Recurrence::kDense;
   static constexpr bool kSplitGates = false;
+  static constexpr bool kReadsH = false;
 
   template <class V>
   RNNFAST_HD static void forward(const V (&gx)[4], const V (&gh)[4], V (&state)[2], V (&saved)[4]) {

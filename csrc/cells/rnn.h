@@ -36,6 +36,7 @@ struct RnnCell {
   static constexpr int kSaved = 0;
   static constexpr Recurrence kRecurrence = recurrence;
   static constexpr bool kSplitGates = false;
+  static constexpr bool kReadsH = false;
 
   template <class V>
   RNNFAST_HD static void forward(const V (&gx)[1], const V (&gh)[1], V (&state)[1], V (&)[1]) {

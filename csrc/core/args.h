@@ -60,8 +60,9 @@ template <class scalar_t>
 struct BackwardArgs : LayerArgs<scalar_t> {
   Rows<const scalar_t> dy;      // data may be null: no gradient came
   const scalar_t *dh_n, *dc_n;  // null likewise
-  const scalar_t *y, *saved;    // as forward left them
-  scalar_t *dx, *dh0, *dc0;     // (N, I), (B, P), (S-1, B, H); null: not asked for
+  const scalar_t* y;            // as forward left them
+  const accumulator_of<scalar_t>* saved;
+  scalar_t *dx, *dh0, *dc0;  // (N, I), (B, P), (S-1, B, H); null: not asked for
   scalar_t *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;  // weights' shapes; null: not asked for
 };
 

@@ -1,6 +1,7 @@
 // Loads and stores of 16-bit numbers: a vector of them is a vector of floats in registers.
 #pragma once
 
+#include "../core/half.h"
 #include "../core/numbers.h"
 #include "vec.h"
 
@@ -20,12 +21,8 @@ RNNFAST_HD Float32Vector widen(BFloat16, Bits16Vector bits) {
   return bit_cast<Float32Vector>(__builtin_convertvector(bits, Bits32Vector) << 16);
 }
 
-// To the nearest, ties to even; a NaN stays one.
 RNNFAST_HD Bits16Vector narrow(BFloat16, Float32Vector x) {
-  const Bits32Vector bits = bit_cast<Bits32Vector>(x);
-  const Bits32Vector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits32Vector quiet = (bits >> 16) | 0x40;
-  return __builtin_convertvector(x == x ? rounded : quiet, Bits16Vector);
+  return __builtin_convertvector((narrow_bfloat16<Float32Vector, Bits32Vector>(x)), Bits16Vector);
 }
 
 #if defined(__AVX512F__)  // with a mask of ones: GCC 12 warns of a variable inside the others
@@ -52,30 +49,11 @@ RNNFAST_HD Bits16Vector narrow(Float16, Float32Vector x) {
   return bit_cast<Bits16Vector>(vcvt_f16_f32(bit_cast<float32x4_t>(x)));
 }
 #else
-// Exponent and mantissa moved into a float's place and scaled by 2^112, which makes subnormal
-// numbers right, too.
-RNNFAST_HD Float32Vector widen(Float16, Bits16Vector half) {
-  const Bits32Vector bits = __builtin_convertvector(half, Bits32Vector);
-  const Bits32Vector body = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
-  const Float32Vector scaled = bit_cast<Float32Vector>(body) * splat<Float32Vector>(0x1p112);
-  // An exponent of ones (infinity, NaN) keeps its ones.
-  const Bits32Vector value =
-      (bits & 0x7c00) == 0x7c00 ? body | 0x7f800000u : bit_cast<Bits32Vector>(scaled);
-  return bit_cast<Float32Vector>(value | sign);
+RNNFAST_HD Float32Vector widen(Float16, Bits16Vector bits) {
+  return widen_float16<Float32Vector>(__builtin_convertvector(bits, Bits32Vector));
 }
-// Rounded by an addition: to a number whose last place is that of the result.
 RNNFAST_HD Bits16Vector narrow(Float16, Float32Vector x) {
-  const Bits32Vector bits = bit_cast<Bits32Vector>(x);
-  const Bits32Vector sign = (bits >> 16) & 0x8000, body = bits & 0x7fffffff;
-  // Normal results: ties to even on the 13 bits that go, the exponent's bias from 127 to 15.
-  const Bits32Vector normal = (body + 0xfff + ((body >> 13) & 1) - (112u << 23)) >> 13;
-  // Below 2^-14: adding 0.5 leaves the result in the last bits of the sum.
-  const Float32Vector shifted = bit_cast<Float32Vector>(body) + splat<Float32Vector>(0.5);
-  const Bits32Vector small = bit_cast<Bits32Vector>(shifted) - 0x3f000000u;
-  Bits32Vector half = body < (113u << 23) ? small : normal;
-  half = body >= 0x477ff000u ? (half & 0) | 0x7c00u : half;  // rounds to 2^16 and beyond
-  half = x == x ? half : (half & 0) | 0x7e00u;
-  return __builtin_convertvector(half | sign, Bits16Vector);
+  return __builtin_convertvector((narrow_float16<Float32Vector, Bits32Vector>(x)), Bits16Vector);
 }
 #endif
 

@@ -1,0 +1,161 @@
+#include "cuda_ops.h"
+
+#include <atomic>
+#include <chrono>
+
+#include "cuda_context.h"
+
+namespace rnnfast {
+namespace {
+
+std::atomic<bool> tf32{false};
+std::atomic<int> wished_launch{-1};
+
+struct LastCudaRun {
+  int64_t runs = 0, time = 0;
+  CudaChoice choice{};
+  int capability = 0;
+};
+thread_local LastCudaRun last_run;
+
+void refuse_packed(const OptionalTensor& packed) {
+  if (packed) fail("packed weights are for the CPU engine, got x on a CUDA device");
+}
+
+Shape shape_of(const CheckedLayer& layer, int64_t cell, size_t itemsize) {
+  return {static_cast<int>(cell), layer.seq_len,     layer.batch,
+          layer.input_size,       layer.hidden_size, layer.output_size,
+          layer.rows,             static_cast<int>(itemsize)};
+}
+
+// Runs passes of one dtype: the choice, the room, the streams, the engine.
+template <class Args, class Room, class Run>
+void run(const std::vector<Args>& passes, const std::vector<Shape>& shapes, Place place,
+         bool chained, bool backward, const Room& room_of, const Run& engine) {
+  CudaContext context(place);
+  const CudaDevice device = context.device();
+  const std::string why = why_not_cuda(device);
+  if (!why.empty()) fail(why);
+  const int count = static_cast<int>(passes.size()), cell = shapes[0].cell;
+  const CudaChoice choice =
+      choose_cuda({shapes.data(), count, chained, backward}, device, {wished_launch});
+  const Tensor room =
+      empty({room_of(cell, choice, passes.data(), count)}, ScalarType::Byte, place);
+  const CudaStream* streams = context.streams(choice.streams);
+  engine({cell, choice, context.blas(tf32), streams, out<char>(room)}, passes.data(), count,
+         chained);
+  context.finish();
+  const int64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(
+                          std::chrono::steady_clock::now().time_since_epoch())
+                          .count();
+  last_run = {last_run.runs + 1, now, choice, device.capability};
+}
+
+template <class Call>
+std::vector<Shape> shapes_of(const std::vector<Call>& calls, int64_t cell, size_t itemsize) {
+  std::vector<Shape> shapes;
+  for (const Call& call : calls) shapes.push_back(shape_of(call.layer, cell, itemsize));
+  return shapes;
+}
+
+void run_forward(std::vector<ForwardCall>& calls, int64_t cell, bool chained) {
+  if (calls[0].layer.empty()) return;
+  with_type(calls[0].layer.dtype, [&](auto scalar) {
+    using scalar_t = decltype(scalar);
+    std::vector<ForwardArgs<scalar_t>> passes;
+    for (ForwardCall& call : calls) {
+      call.layer.space_rows_evenly();
+      passes.push_back(call.args<scalar_t>());
+    }
+    run(passes, shapes_of(calls, cell, sizeof(scalar_t)), calls[0].layer.place, chained, false,
+        forward_room<scalar_t>, cuda_forward<scalar_t>);
+  });
+}
+
+void run_backward(std::vector<BackwardCall>& calls, int64_t cell, bool chained) {
+  if (calls[0].layer.empty()) {
+    for (const BackwardCall& call : calls) call.fill_zeros();
+    return;
+  }
+  with_type(calls[0].layer.dtype, [&](auto scalar) {
+    using scalar_t = decltype(scalar);
+    std::vector<BackwardArgs<scalar_t>> passes;
+    for (BackwardCall& call : calls) {
+      call.layer.space_rows_evenly();
+      passes.push_back(call.args<scalar_t>());
+    }
+    run(passes, shapes_of(calls, cell, sizeof(scalar_t)), calls[0].layer.place, chained, true,
+        backward_room<scalar_t>, cuda_backward<scalar_t>);
+  });
+}
+
+}  // namespace
+
+ForwardResult cuda_forward_op(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
+                              Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                              OptionalTensor w_hr, OptionalTensor batch_sizes,
+                              OptionalTensor reset, OptionalTensor packed, int64_t cell,
+                              bool reverse, bool save) {
+  refuse_packed(packed);
+  std::vector<ForwardCall> calls;
+  calls.emplace_back(x, Pass{h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes, false,
+                     cell, reverse, save);
+  run_forward(calls, cell, false);
+  return calls[0].result;
+}
+
+BackwardResult cuda_backward_op(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
+                                Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
+                                Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                OptionalTensor w_hr, OptionalTensor batch_sizes,
+                                OptionalTensor reset, Tensor y, Tensor saved, int64_t cell,
+                                bool reverse, int64_t needs) {
+  std::vector<BackwardCall> calls;
+  calls.emplace_back(x, Pass{h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes,
+                     Incoming{dy, dh_n, dc_n, y, saved, needs}, cell, reverse);
+  run_backward(calls, cell, false);
+  return calls[0].result;
+}
+
+std::vector<Tensor> cuda_forward_group_op(Tensor x, Tensors passes, OptionalTensor batch_sizes,
+                                          int64_t cell, bool chained, bool save) {
+  auto calls = forward_calls(x, passes, batch_sizes, cell, chained, save, kNeverReuse);
+  for (size_t i = 0; i < calls.size(); ++i) refuse_packed(passes[kOfForward * i + 8]);
+  run_forward(calls, cell, chained);
+  std::vector<Tensor> results;
+  for (const ForwardCall& call : calls) append(results, call.result);
+  return results;
+}
+
+std::vector<Tensor> cuda_backward_group_op(Tensor x, Tensors passes, OptionalTensor batch_sizes,
+                                           int64_t cell, bool chained,
+                                           std::vector<int64_t> needs) {
+  const BackwardGroup group(x, passes, batch_sizes, cell, chained, needs);
+  auto calls = group.calls(kNeverReuse);
+  run_backward(calls, cell, chained);
+  std::vector<Tensor> results;
+  for (int i = 0; i < group.count(); ++i) append(results, calls[group.nth(i)].result);
+  return results;
+}
+
+int64_t cuda_set(int64_t field, int64_t value) {
+  if (field == 0 && (value == 0 || value == 1)) return tf32.exchange(value == 1);
+  if (field == 1 && value >= -1 && value <= 1)
+    return wished_launch.exchange(static_cast<int>(value));
+  fail("cuda_set needs field 0 (TF32) and 0 or 1, or field 1 (launch) and -1, 0 or 1, got (" +
+       std::to_string(field) + ", " + std::to_string(value) + ")");
+}
+
+int64_t cuda_last_run(int64_t field) {
+  switch (field) {
+    case 0: return last_run.runs;
+    case 1: return last_run.time;
+    case 2: return static_cast<int64_t>(last_run.choice.launch);
+    case 3: return last_run.choice.streams;
+    case 4: return last_run.capability;
+  }
+  fail("field must be 0 (runs), 1 (time), 2 (launch), 3 (streams) or 4 (compute capability), got " +
+       std::to_string(field));
+}
+
+}  // namespace rnnfast

@@ -1,0 +1,220 @@
+// Backward of one direction of one layer: for each step, from the last to the first, the pointwise
+// kernel and a product with w_hh; dx a chunk at a time; the weights' gradients in one product each
+// after the loop.
+#pragma once
+
+#include "rows.cuh"
+#include "schedule.h"
+#include "stage.h"
+#include "step_backward.cuh"
+
+namespace rnnfast::RNNFAST_TARGET {
+namespace {
+
+template <class Cell, class scalar_t>
+class BackwardPass {
+ public:
+  using Args = BackwardArgs<scalar_t>;
+  using acc_t = accumulator_of<scalar_t>;
+
+  BackwardPass(const Args& args, int64_t chunk_steps, Arena& arena)
+      : args_(args),
+        schedule_(args),
+        chunk_steps_(chunk_steps),
+        gate_rows_(Cell::kGates * args.hidden_size),
+        planes_(Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0)),
+        plain_(!args.reset && !args.h0 && !args.batch_sizes) {
+    const int64_t N = args.rows, H = args.hidden_size, P = args.output_size, B = args.batch;
+    dgx_ = arena.take<scalar_t>(N * gate_rows_);
+    dgh_ = Cell::kSplitGates ? arena.take<scalar_t>(N * gate_rows_) : dgx_;
+    dh_ = arena.take<acc_t>(B * P);
+    dc_ = arena.take<acc_t>((Cell::kStates - 1) * B * H);
+    h_entered_ = args.dw_hh && !plain_ ? arena.take<scalar_t>(N * P) : nullptr;
+    keeps_h_ = args.dw_hh && !plain_;
+    if (args.w_hr) {
+      dm_ = arena.take<scalar_t>(N * P);
+      dh_whole_ = arena.take<acc_t>(B * H);
+      if (args.dw_hr) m_ = arena.take<scalar_t>(N * H);
+    }
+    slice_ = std::max<int64_t>(64, (N + kMostSlices - 1) / kMostSlices);
+    parts_ = arena.take<acc_t>((N + slice_ - 1) / slice_ * gate_rows_);
+  }
+
+  int64_t chunks() const { return (schedule_.steps() + chunk_steps_ - 1) / chunk_steps_; }
+  int64_t first_of(int64_t chunk) const { return chunk * chunk_steps_; }
+  int64_t end_of(int64_t chunk) const {
+    return std::min(schedule_.steps(), first_of(chunk) + chunk_steps_);
+  }
+  void begin_chunk(Stage&, int64_t) {}
+
+  // `index` counts from the last step down. The number of steps taken, below `end`.
+  int64_t step(Stage& stage, int64_t index, int64_t end) {
+    const int64_t last = schedule_.steps() - 1;
+    int64_t count = 1;
+    if (kDiagonal)
+      while (index + count < end &&
+             schedule_.at(last - index - count).rows == schedule_.at(last - index).rows)
+        ++count;
+    const int64_t order = last - index, earliest = order - count + 1;
+    const StepRows rows = schedule_.at(order), entry = schedule_.at(earliest);
+    const int64_t H = args_.hidden_size, P = args_.output_size;
+    const uint8_t* reset = args_.reset ? args_.reset + rows.first_row : nullptr;
+    const uint8_t* reset_after =
+        args_.reset && order < last ? args_.reset + schedule_.at(order + 1).first_row : nullptr;
+    const int64_t row_before = earliest > 0 ? schedule_.at(earliest - 1).first_row : 0;
+
+    if (args_.w_hr) gather(stage, order, rows, reset, reset_after);
+    BackwardSteps<scalar_t> p{};
+    p.hidden = H;
+    p.rows = rows.rows;
+    p.steps = count;
+    p.goes_on = rows.after;
+    p.carried = entry.before;
+    p.row_step = count > 1 ? schedule_.at(order - 1).first_row - rows.first_row : 0;
+    p.carry_plane = args_.batch * H;
+    if (args_.w_hr) {
+      p.dh_whole = dh_whole_;
+    } else {
+      p.dy = dy_of(order);
+      if (count > 1 && args_.dy.data) p.dy.step_stride = dy_of(order - 1).data - p.dy.data;
+      p.dh_n = args_.dh_n;
+      p.y = args_.y + rows.first_row * H;
+      p.y_before = args_.y + row_before * H;
+      p.h0 = args_.h0;
+    }
+    p.dc_n = args_.dc_n;
+    p.reset = reset;
+    p.reset_after = reset_after;
+    p.dh = dh_;
+    p.dc = dc_;
+    p.planes = planes_;
+    p.saved = args_.saved + rows.first_row * planes_ * H;
+    p.saved_before = args_.saved + row_before * planes_ * H;
+    p.c0 = args_.c0;
+    p.u = args_.w_hh;
+    p.dgx = dgx_ + rows.first_row * gate_rows_;
+    p.dgh = dgh_ + rows.first_row * gate_rows_;
+    p.h_entered = keeps_h_ && !args_.w_hr ? h_entered_ + rows.first_row * P : nullptr;
+    stage.launch("backward_steps", backward_steps<Cell, scalar_t>, p, rows.rows, H, index > 0);
+
+    // The way back through w_hh, for the step before and for h0.
+    if (!kDiagonal)
+      stage.rows_by_columns(args_.dh0 ? entry.rows : entry.before, P, gate_rows_,
+                            dgh_ + entry.first_row * gate_rows_, args_.w_hh, dh_, Cell::kReadsH);
+    finish(stage, entry);
+    return count;
+  }
+
+  // dx of a chunk whose steps are done.
+  void end_chunk(Stage& stage, int64_t chunk) {
+    if (!args_.dx) return;
+    const int64_t last = schedule_.steps() - 1;
+    const StepRows rows = schedule_.all(last - (end_of(chunk) - 1), last - first_of(chunk) + 1);
+    stage.rows_by_columns(rows.rows, args_.input_size, gate_rows_,
+                          dgx_ + rows.first_row * gate_rows_, args_.w_ih,
+                          args_.dx + rows.first_row * args_.input_size);
+  }
+
+  void end(Stage& stage) {
+    const int64_t N = args_.rows, I = args_.input_size, H = args_.hidden_size,
+                  P = args_.output_size;
+    if (args_.dw_ih)
+      stage.columns_by_columns(gate_rows_, I, N, dgx_, args_.x.data, args_.x.row_stride,
+                               args_.dw_ih);
+    if (args_.dw_hh) {
+      // Pairs of a step and what entered it: rows of y one step away, or those that were kept.
+      const scalar_t *dgh = dgh_, *h = h_entered_;
+      int64_t pairs = N;
+      if (plain_) {
+        pairs = N - args_.batch;
+        dgh = dgh_ + (args_.reverse ? 0 : args_.batch * gate_rows_);
+        h = args_.y + (args_.reverse ? args_.batch * P : 0);
+      }
+      if (kDiagonal)
+        sum_columns(stage, pairs, dgh, h, args_.dw_hh, nullptr);
+      else
+        stage.columns_by_columns(gate_rows_, P, pairs, dgh, h, P, args_.dw_hh);
+    }
+    if (args_.dw_hr) {
+      const CopyRows<acc_t, scalar_t> p{N, H,      args_.saved + (planes_ - 1) * H, planes_ * H, m_,
+                                        H, nullptr};
+      stage.launch("copy_rows", copy_rows<acc_t, scalar_t>, p, N, H);
+      stage.columns_by_columns(P, H, N, dm_, m_, H, args_.dw_hr);
+    }
+    if (Cell::kSplitGates) {
+      if (args_.db_ih) sum_columns(stage, N, dgx_, nullptr, args_.db_ih, nullptr);
+      if (args_.db_hh) sum_columns(stage, N, dgh_, nullptr, args_.db_hh, nullptr);
+    } else if (args_.db_ih || args_.db_hh) {
+      sum_columns(stage, N, dgx_, nullptr, args_.db_ih ? args_.db_ih : args_.db_hh,
+                  args_.db_ih ? args_.db_hh : nullptr);
+    }
+  }
+
+ private:
+  static constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
+  static constexpr int64_t kMostSlices = 512;
+
+  // dy of a step.
+  Rows<const scalar_t> dy_of(int64_t order) const {
+    Rows<const scalar_t> dy = args_.dy;
+    if (!dy.data) return dy;
+    const StepRows rows = schedule_.at(order);
+    dy.data += schedule_.packed() ? rows.first_row * dy.row_stride
+                                  : rows.first_row / args_.batch * dy.step_stride;
+    return dy;
+  }
+
+  // All of dL/dy of a step, and from it dL/dh before the projection.
+  void gather(Stage& stage, int64_t order, const StepRows& rows, const uint8_t* reset,
+              const uint8_t* reset_after) {
+    const int64_t P = args_.output_size;
+    ProjectedStep<scalar_t> p{};
+    p.outputs = P;
+    p.rows = rows.rows;
+    p.goes_on = rows.after;
+    p.carried = rows.before;
+    p.dy = dy_of(order);
+    p.dh_n = args_.dh_n;
+    p.reset = reset;
+    p.reset_after = reset_after;
+    p.dh = dh_;
+    p.y_before = args_.y + (order > 0 ? schedule_.at(order - 1).first_row * P : 0);
+    p.h0 = args_.h0;
+    p.dm = dm_ + rows.first_row * P;
+    p.h_entered = keeps_h_ ? h_entered_ + rows.first_row * P : nullptr;
+    stage.launch("gather_projected", gather_projected<scalar_t>, p, rows.rows, P);
+    stage.rows_by_columns(rows.rows, args_.hidden_size, P, p.dm, args_.w_hr, dh_whole_);
+  }
+
+  // Gradients of the initial states, of rows that have no step before.
+  void finish(Stage& stage, const StepRows& rows) {
+    const int64_t from = rows.before, count = rows.rows - rows.before;
+    const uint8_t* reset = args_.reset ? args_.reset + rows.first_row + from : nullptr;
+    const auto copy = [&](const acc_t* carry, scalar_t* to, int64_t columns) {
+      const CopyRows<acc_t, scalar_t> p{
+          count, columns, carry + from * columns, columns, to + from * columns, columns, reset};
+      stage.launch("copy_rows", copy_rows<acc_t, scalar_t>, p, count, columns);
+    };
+    if (args_.dh0) copy(dh_, args_.dh0, args_.output_size);
+    const int64_t H = args_.hidden_size, plane = args_.batch * H;
+    for (int s = 0; s < Cell::kStates - 1 && args_.dc0; ++s)
+      copy(dc_ + s * plane, args_.dc0 + s * plane, H);
+  }
+
+  void sum_columns(Stage& stage, int64_t rows, const scalar_t* a, const scalar_t* b, scalar_t* to,
+                   scalar_t* also_to) {
+    const SumRows<scalar_t> p{rows, gate_rows_, slice_, a, b, parts_, to, also_to};
+    stage.launch("sum_slices", sum_slices<scalar_t>, p, (rows + slice_ - 1) / slice_, gate_rows_);
+    stage.launch("sum_parts", sum_parts<scalar_t>, p, 1, gate_rows_);
+  }
+
+  Args args_;
+  Schedule schedule_;
+  int64_t chunk_steps_, gate_rows_, planes_, slice_;
+  bool plain_, keeps_h_;  // whether h as it entered is y of the step before; whether it is kept
+  scalar_t *dgx_, *dgh_, *h_entered_, *dm_ = nullptr, *m_ = nullptr;
+  acc_t *dh_, *dc_, *dh_whole_ = nullptr, *parts_;
+};
+
+}  // namespace
+}  // namespace rnnfast::RNNFAST_TARGET

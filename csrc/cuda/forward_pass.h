@@ -1,0 +1,117 @@
+// Forward of one direction of one layer: the input projection of a chunk of steps in one product,
+// then for each step a product with w_hh and the pointwise kernel.
+#pragma once
+
+#include "schedule.h"
+#include "stage.h"
+#include "step_forward.cuh"
+
+namespace rnnfast::RNNFAST_TARGET {
+namespace {
+
+template <class Cell, class scalar_t>
+class ForwardPass {
+ public:
+  using Args = ForwardArgs<scalar_t>;
+  using acc_t = accumulator_of<scalar_t>;
+
+  ForwardPass(const Args& args, int64_t chunk_steps, Arena& arena)
+      : args_(args),
+        schedule_(args),
+        chunk_steps_(chunk_steps),
+        gate_rows_(Cell::kGates * args.hidden_size) {
+    const int64_t H = args.hidden_size, B = args.batch;
+    gx_ = arena.take<acc_t>(std::min(args.rows, chunk_steps * B) * gate_rows_);
+    gh_ = arena.take<acc_t>(kDiagonal ? 0 : B * gate_rows_);
+    m_ = arena.take<scalar_t>(args.w_hr ? B * H : 0);
+    carry_ = arena.take<acc_t>((Cell::kStates - 1 + kWideH) * B * H);
+  }
+
+  int64_t chunks() const { return (schedule_.steps() + chunk_steps_ - 1) / chunk_steps_; }
+  int64_t first_of(int64_t chunk) const { return chunk * chunk_steps_; }
+  int64_t end_of(int64_t chunk) const {
+    return std::min(schedule_.steps(), first_of(chunk) + chunk_steps_);
+  }
+
+  void begin_chunk(Stage& stage, int64_t chunk) {
+    const StepRows rows = schedule_.all(first_of(chunk), end_of(chunk));
+    chunk_row_ = rows.first_row;
+    stage.rows_by_rows(rows.rows, gate_rows_, args_.input_size,
+                       args_.x.data + rows.first_row * args_.x.row_stride, args_.x.row_stride,
+                       args_.w_ih, gx_);
+  }
+
+  // The step `order` and those that one launch takes with it, below `end`; their number.
+  int64_t step(Stage& stage, int64_t order, int64_t end) {
+    const int64_t count = kDiagonal ? schedule_.alike(order, end) : 1;
+    const StepRows rows = schedule_.at(order);
+    const int64_t H = args_.hidden_size, P = args_.output_size;
+    const scalar_t* before = order > 0 ? args_.y + schedule_.at(order - 1).first_row * P : nullptr;
+    const bool product = !kDiagonal && multiply(stage, rows, before);
+
+    ForwardSteps<scalar_t> p{};
+    p.hidden = H;
+    p.rows = rows.rows;
+    p.steps = count;
+    p.carried = rows.before;
+    p.ends_from = schedule_.at(order + count - 1).after;
+    p.row_step = count > 1 ? schedule_.at(order + 1).first_row - rows.first_row : 0;
+    p.carry_plane = args_.batch * H;
+    p.gx = gx_ + (rows.first_row - chunk_row_) * gate_rows_;
+    p.gh = gh_;
+    p.products = args_.h0 ? rows.rows : rows.before;
+    p.u = args_.w_hh;
+    p.b_ih = args_.b_ih;
+    p.b_hh = args_.b_hh;
+    p.h0 = args_.w_hr ? nullptr : args_.h0;
+    p.c0 = args_.c0;
+    p.h_before = before;
+    p.reset = args_.reset ? args_.reset + rows.first_row : nullptr;
+    p.carry = carry_;
+    p.y = args_.w_hr ? m_ : args_.y + rows.first_row * P;
+    p.h_n = args_.w_hr ? nullptr : args_.h_n;
+    p.c_n = args_.c_n;
+    p.planes = Cell::kSaved + Cell::kStates - 1 + (args_.w_hr ? 1 : 0);
+    p.saved = args_.saved ? args_.saved + rows.first_row * p.planes * H : nullptr;
+    p.wide_h = kWideH;
+    p.projected = args_.w_hr != nullptr;
+    stage.launch("forward_steps", forward_steps<Cell, scalar_t>, p, rows.rows, H, product);
+    if (args_.w_hr) project(stage, rows);
+    return count;
+  }
+
+  void end_chunk(Stage&, int64_t) {}
+  void end(Stage&) {}
+
+ private:
+  static constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
+  // y rounds h, which is then carried beside it where the next state needs it.
+  static constexpr bool kWideH = !std::is_same_v<acc_t, scalar_t> && (kDiagonal || Cell::kReadsH);
+
+  // gh = h w_hh^T of the rows that have an h: from y of the step before, and from h0.
+  bool multiply(Stage& stage, const StepRows& rows, const scalar_t* before) {
+    const int64_t P = args_.output_size;
+    stage.rows_by_rows(rows.before, gate_rows_, P, before, P, args_.w_hh, gh_);
+    if (!args_.h0) return rows.before > 0;
+    stage.rows_by_rows(rows.rows - rows.before, gate_rows_, P, args_.h0 + rows.before * P, P,
+                       args_.w_hh, gh_ + rows.before * gate_rows_);
+    return true;
+  }
+
+  void project(Stage& stage, const StepRows& rows) {
+    const int64_t P = args_.output_size;
+    scalar_t* y = args_.y + rows.first_row * P;
+    stage.rows_by_rows(rows.rows, P, args_.hidden_size, m_, args_.hidden_size, args_.w_hr, y);
+    stage.copy(args_.h_n + rows.after * P, y + rows.after * P,
+               (rows.rows - rows.after) * P * static_cast<int64_t>(sizeof(scalar_t)));
+  }
+
+  Args args_;
+  Schedule schedule_;
+  int64_t chunk_steps_, gate_rows_, chunk_row_ = 0;
+  acc_t *gx_, *gh_, *carry_;
+  scalar_t* m_;
+};
+
+}  // namespace
+}  // namespace rnnfast::RNNFAST_TARGET

@@ -1,0 +1,76 @@
+// Small kernels over rows that are no step: gradients of the initial states, planes taken out of
+// what forward saved, and sums of columns.
+#pragma once
+
+#include "threads.cuh"
+
+namespace rnnfast::RNNFAST_TARGET {
+namespace {
+
+// to(row, column) = from(row, column), or zero where the row started anew.
+template <class from_t, class to_t>
+struct CopyRows {
+  int64_t rows, columns;
+  const from_t* from;
+  int64_t from_row;  // between rows
+  to_t* to;
+  int64_t to_row;
+  const uint8_t* reset;  // (rows), or null
+};
+
+template <class from_t, class to_t>
+__global__ void __launch_bounds__(kThreads) copy_rows(const CopyRows<from_t, to_t> p) {
+  const int64_t column = first_column();
+  wait_for_launch_before();
+  if (column >= p.columns) return;
+  for (int64_t row = first_row(); row < p.rows; row += row_stride()) {
+    const bool zero = p.reset && p.reset[row];
+    narrow(zero ? widen(from_t{}) : widen(p.from[row * p.from_row + column]),
+           p.to[row * p.to_row + column]);
+  }
+}
+
+// Sums over the rows of a, or of a*b: first over slices of the rows, then over the slices, both in
+// a fixed order, so that the bits do not depend on which block comes first.
+template <class scalar_t>
+struct SumRows {
+  using acc_t = accumulator_of<scalar_t>;
+  int64_t rows, columns, slice;
+  const scalar_t *a, *b;   // (rows, columns); b may be null
+  acc_t* parts;            // (slices, columns)
+  scalar_t *to, *also_to;  // (columns); the second may be null
+};
+
+template <class scalar_t>
+__global__ void __launch_bounds__(kThreads) sum_slices(const SumRows<scalar_t> p) {
+  using acc_t = accumulator_of<scalar_t>;
+  const int64_t column = first_column(), slices = (p.rows + p.slice - 1) / p.slice;
+  wait_for_launch_before();
+  if (column >= p.columns) return;
+  for (int64_t k = first_row(); k < slices; k += row_stride()) {
+    const int64_t begin = k * p.slice;
+    const int64_t end = begin + p.slice < p.rows ? begin + p.slice : p.rows;
+    acc_t sum{};
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t at = row * p.columns + column;
+      const acc_t a = widen(p.a[at]);
+      sum += p.b ? a * widen(p.b[at]) : a;
+    }
+    p.parts[k * p.columns + column] = sum;
+  }
+}
+
+template <class scalar_t>
+__global__ void __launch_bounds__(kThreads) sum_parts(const SumRows<scalar_t> p) {
+  using acc_t = accumulator_of<scalar_t>;
+  const int64_t column = first_column(), slices = (p.rows + p.slice - 1) / p.slice;
+  wait_for_launch_before();
+  if (column >= p.columns || first_row() > 0) return;
+  acc_t sum{};
+  for (int64_t k = 0; k < slices; ++k) sum += p.parts[k * p.columns + column];
+  narrow(sum, p.to[column]);
+  if (p.also_to) narrow(sum, p.also_to[column]);
+}
+
+}  // namespace
+}  // namespace rnnfast::RNNFAST_TARGET

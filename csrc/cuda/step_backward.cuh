@@ -1,0 +1,174 @@
+// The pointwise half of a backward step: what arrives at h and c, through the cell, to the
+// gradients of the gates. As forward, a diagonal recurrence takes many steps in one launch.
+#pragma once
+
+#include "../cells/cell.h"
+#include "threads.cuh"
+
+namespace rnnfast::RNNFAST_TARGET {
+namespace {
+
+// "Before" and "after" are those of the forward pass, so that this pass comes from the step after.
+// Pointers are those of the first step that is taken (the last of forward); each has the distance
+// to the next one taken.
+template <class scalar_t>
+struct BackwardSteps {
+  using acc_t = accumulator_of<scalar_t>;
+  int64_t hidden, rows, steps;
+  int64_t goes_on;  // rows [0, goes_on) have a step after these: their gradient is in the carry
+  int64_t carried;  // rows [0, carried) have a step before the last one taken; the others entered
+  int64_t row_step;
+  int64_t carry_plane;      // B * H
+  Rows<const scalar_t> dy;  // null data: none came
+  const acc_t* dh_whole;    // (rows, H): all of dL/dh, with a projection; null: dy and the carry
+  const scalar_t *dh_n, *dc_n;
+  const uint8_t *reset, *reset_after;  // of these rows, and of the step after; null: none
+  acc_t *dh, *dc;                      // the carry: (B, H), (S-1, B, H)
+  const scalar_t* y;                   // (rows, H), null with a projection
+  const acc_t* saved;                  // (rows, planes, H)
+  const scalar_t* y_before;            // the same of the step before the last one taken
+  const acc_t* saved_before;
+  int64_t planes;
+  const scalar_t *h0, *c0;
+  const scalar_t* u;
+  scalar_t *dgx, *dgh;  // (rows, G*H); the same where the cell keeps one
+  // (rows, H) of h as it entered, where the weights' gradients can't take it from y; or null.
+  scalar_t* h_entered;
+};
+
+template <class Cell, class scalar_t>
+__global__ void __launch_bounds__(kThreads) backward_steps(const BackwardSteps<scalar_t> p) {
+  using acc_t = accumulator_of<scalar_t>;
+  constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
+  constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
+  const int64_t unit = first_column();
+  const int64_t H = p.hidden;
+  wait_for_launch_before();
+  if (unit >= H) return;
+  const acc_t u = kDiagonal ? widen(p.u[unit]) : acc_t{};
+
+  for (int64_t row = first_row(); row < p.rows; row += row_stride()) {
+    // What comes from the step after; a row that started anew there sends nothing back.
+    const bool goes_on = row < p.goes_on;
+    const bool cut = goes_on && p.reset_after && p.reset_after[row];
+    acc_t dstate[S];
+    dstate[0] = acc_t{};
+    if (p.dh_whole) {
+      dstate[0] = p.dh_whole[row * H + unit];
+    } else if (goes_on) {
+      if (!cut) dstate[0] = p.dh[row * H + unit];
+    } else if (p.dh_n) {
+      dstate[0] = widen(p.dh_n[row * H + unit]);
+    }
+    RNNFAST_UNROLL
+    for (int s = 1; s < S; ++s) {
+      const int64_t at = (s - 1) * p.carry_plane + row * H + unit;
+      dstate[s] = acc_t{};
+      if (goes_on) {
+        if (!cut) dstate[s] = p.dc[at];
+      } else if (p.dc_n) {
+        dstate[s] = widen(p.dc_n[at]);
+      }
+    }
+
+    for (int64_t step = 0; step < p.steps; ++step) {
+      const int64_t at = step * p.row_step + row;
+      if (p.dy.data)
+        dstate[0] += widen(p.dy.data[step * p.dy.step_stride + row * p.dy.row_stride + unit]);
+      // The states before and after the step.
+      const bool anew = p.reset && p.reset[at];
+      acc_t saved[at_least_one<K>] = {}, prev[S], next[S];
+      const acc_t* kept = p.saved + at * p.planes * H + unit;
+      RNNFAST_UNROLL
+      for (int j = 0; j < K; ++j) saved[j] = kept[j * H];
+      prev[0] = next[0] = acc_t{};
+      if (p.y) next[0] = widen(p.y[at * H + unit]);
+      if (!anew && (Cell::kReadsH || p.h_entered)) {
+        if (step + 1 < p.steps)
+          prev[0] = widen(p.y[(at + p.row_step) * H + unit]);
+        else if (row < p.carried)
+          prev[0] = widen(p.y_before[row * H + unit]);
+        else if (p.h0)
+          prev[0] = widen(p.h0[row * H + unit]);
+      }
+      RNNFAST_UNROLL
+      for (int s = 1; s < S; ++s) {
+        next[s] = kept[(K + s - 1) * H];
+        prev[s] = acc_t{};
+        if (anew) continue;
+        if (row < p.carried)  // no cell of several states takes several steps
+          prev[s] = p.saved_before[(row * p.planes + K + s - 1) * H + unit];
+        else if (p.c0)
+          prev[s] = widen(p.c0[(s - 1) * p.carry_plane + row * H + unit]);
+      }
+
+      acc_t dgx[G], dgh[G];
+      Cell::backward(saved, prev, next, dstate, dgx, dgh);
+
+      scalar_t* const to_gx = p.dgx + at * G * H + unit;
+      RNNFAST_UNROLL
+      for (int g = 0; g < G; ++g) narrow(dgx[g], to_gx[g * H]);
+      if constexpr (Cell::kSplitGates) {
+        scalar_t* const to_gh = p.dgh + at * G * H + unit;
+        RNNFAST_UNROLL
+        for (int g = 0; g < G; ++g) narrow(dgh[g], to_gh[g * H]);
+      }
+      if (p.h_entered) narrow(prev[0], p.h_entered[at * H + unit]);
+      if constexpr (kDiagonal) {
+        dstate[0] += u * dgh[0];
+        if (anew && step + 1 < p.steps) dstate[0] = acc_t{};
+      }
+    }
+
+    // What goes to the step before; a product adds the way through w_hh to dh.
+    if (kDiagonal || Cell::kReadsH) p.dh[row * H + unit] = dstate[0];
+    RNNFAST_UNROLL
+    for (int s = 1; s < S; ++s) p.dc[(s - 1) * p.carry_plane + row * H + unit] = dstate[s];
+  }
+}
+
+// With a projection: dL/dy of all that arrives at y, for the product with w_hr; and y as it
+// entered.
+template <class scalar_t>
+struct ProjectedStep {
+  using acc_t = accumulator_of<scalar_t>;
+  int64_t outputs, rows, goes_on, carried;
+  Rows<const scalar_t> dy;
+  const scalar_t* dh_n;
+  const uint8_t *reset, *reset_after;
+  const acc_t* dh;  // the carry, (B, P)
+  const scalar_t *y_before, *h0;
+  scalar_t* dm;         // (rows, P)
+  scalar_t* h_entered;  // (rows, P), or null
+};
+
+template <class scalar_t>
+__global__ void __launch_bounds__(kThreads) gather_projected(const ProjectedStep<scalar_t> p) {
+  using acc_t = accumulator_of<scalar_t>;
+  const int64_t column = first_column(), P = p.outputs;
+  wait_for_launch_before();
+  if (column >= P) return;
+  for (int64_t row = first_row(); row < p.rows; row += row_stride()) {
+    const int64_t at = row * P + column;
+    acc_t sum{};
+    if (row < p.goes_on) {
+      if (!(p.reset_after && p.reset_after[row])) sum = p.dh[at];
+    } else if (p.dh_n) {
+      sum = widen(p.dh_n[at]);
+    }
+    if (p.dy.data) sum += widen(p.dy.data[row * p.dy.row_stride + column]);
+    narrow(sum, p.dm[at]);
+    if (!p.h_entered) continue;
+    scalar_t entered{};
+    if (!(p.reset && p.reset[row])) {
+      if (row < p.carried)
+        entered = p.y_before[at];
+      else if (p.h0)
+        entered = p.h0[at];
+    }
+    p.h_entered[at] = entered;
+  }
+}
+
+}  // namespace
+}  // namespace rnnfast::RNNFAST_TARGET

@@ -1,0 +1,97 @@
+// The CUDA operators on CPU tensors, as torch.ops.rnnfast_on_host: the engine, its host side and its
+// bindings are the ones of _C_cuda; the device is on_host's.
+#include <cstring>
+
+#include "bindings/cuda_context.h"
+#include "bindings/cuda_ops.h"
+#include "device.h"
+
+namespace rnnfast {
+
+// In place of bindings/cuda_context.cpp.
+CudaContext::CudaContext(Place place) : place_(place) {
+  handle_ = on_host::new_handle();
+  on_host::launches_until_failure = on_host::settings.launches_until_failure;
+  on_host::launches = on_host::dependent_launches = 0;
+}
+CudaContext::~CudaContext() {
+  for (const CudaStream& stream : streams_) on_host::delete_queue(stream.stream);
+  on_host::delete_handle(static_cast<on_host::Handle*>(handle_));
+}
+CudaDevice CudaContext::device() const { return {on_host::settings.capability}; }
+const CudaStream* CudaContext::streams(int count) {
+  for (int i = 0; i < count; ++i) {
+    streams_.push_back({on_host::new_queue()});
+    if (count == 1) break;
+    workspaces_.push_back(empty({256}, ScalarType::Byte, place_));
+    streams_.back().workspace = workspaces_.back().mutable_data_ptr();
+    streams_.back().workspace_bytes = 256;
+  }
+  on_host::blas_of(static_cast<on_host::Handle*>(handle_))
+      .set_stream(handle_, streams_[0].stream);
+  return streams_.data();
+}
+Blas CudaContext::blas(bool tf32) const {
+  Blas blas = on_host::blas_of(static_cast<on_host::Handle*>(handle_));
+  blas.tf32 = tf32;
+  return blas;
+}
+void CudaContext::finish() {
+  std::vector<on_host::Queue*> queues;
+  for (const CudaStream& stream : streams_) queues.push_back(stream.stream);
+  on_host::run_all(queues, on_host::settings.seed);
+}
+
+namespace {
+
+// Field 0 seed of the order, 1 compute capability, 2 launches that succeed before one fails (-1:
+// all). Gives what it was.
+int64_t set(int64_t field, int64_t value) {
+  on_host::Settings& now = on_host::settings;
+  if (field == 0) return std::exchange(now.seed, static_cast<unsigned>(value));
+  if (field == 1) return std::exchange(now.capability, static_cast<int>(value));
+  return std::exchange(now.launches_until_failure, static_cast<int>(value));
+}
+// Launches of the last call: all (0), and those that are dependent (1).
+int64_t launches(int64_t field) {
+  return field == 0 ? on_host::launches : on_host::dependent_launches;
+}
+
+}  // namespace
+}  // namespace rnnfast
+
+STABLE_TORCH_LIBRARY(rnnfast_on_host, m) {
+  m.def(
+      "forward(Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? "
+      "b_hh, Tensor? w_hr, Tensor? batch_sizes, Tensor? reset, Tensor? packed, int cell, bool "
+      "reverse, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor "
+      "w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, Tensor? "
+      "reset, Tensor y, Tensor saved, int cell, bool reverse, int needs) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "forward_group(Tensor x, Tensor?[] passes, Tensor? batch_sizes, int cell, bool chained, bool "
+      "save) -> Tensor[]");
+  m.def(
+      "backward_group(Tensor x, Tensor?[] passes, Tensor? batch_sizes, int cell, bool chained, "
+      "int[] needs) -> Tensor[]");
+  m.def("cuda_set(int field, int value) -> int");
+  m.def("cuda_last_run(int field) -> int");
+  m.def("set(int field, int value) -> int");
+  m.def("launches(int field) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rnnfast_on_host, CompositeExplicitAutograd, m) {
+  m.impl("cuda_set", TORCH_BOX(&rnnfast::cuda_set));
+  m.impl("cuda_last_run", TORCH_BOX(&rnnfast::cuda_last_run));
+  m.impl("set", TORCH_BOX(&rnnfast::set));
+  m.impl("launches", TORCH_BOX(&rnnfast::launches));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rnnfast_on_host, CPU, m) {
+  m.impl("forward", TORCH_BOX(&rnnfast::cuda_forward_op));
+  m.impl("backward", TORCH_BOX(&rnnfast::cuda_backward_op));
+  m.impl("forward_group", TORCH_BOX(&rnnfast::cuda_forward_group_op));
+  m.impl("backward_group", TORCH_BOX(&rnnfast::cuda_backward_group_op));
+}
