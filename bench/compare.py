@@ -175,6 +175,7 @@ class Roster:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         self.left_out: dict[str, dict[str, int]] = {}  # peer -> reason -> number of shapes
+        self.absent: dict[str, str] = {}  # peer -> reason, of the shape that came last
         self.wrong: list[str] = []
 
     def admit(
@@ -187,6 +188,7 @@ class Roster:
     ) -> dict[str, Peer]:
         """Everyone who can and in whose results `check` finds no fault, by name."""
         found: dict[str, Peer] = {}
+        self.absent = {}
         for kind in kinds:
             try:
                 peer = build(kind)
@@ -207,6 +209,7 @@ class Roster:
         return found
 
     def _leave_out(self, kind: type[Peer], reason: str) -> None:
+        self.absent[kind.name] = reason
         reasons = self.left_out.setdefault(kind.name, {})
         reasons[reason] = reasons.get(reason, 0) + 1
 

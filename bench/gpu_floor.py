@@ -5,8 +5,8 @@ that dtype; bytes over the measured bandwidth of a large copy, every input read 
 output written once; and steps, of which none can begin before the one before it has ended. A step
 engine launches two dependent kernels a step (product and cell), so its exchange takes twice the
 measured time from a kernel to its successor in a captured graph. An engine that stays on the chip
-for the whole sequence has no such launches and may lie below that third floor; the first two hold
-for everybody.
+for the whole sequence has no such launches and may lie below that third floor (bench/exchanges
+measures what it pays instead); the first two hold for everybody.
 """
 
 from __future__ import annotations

@@ -186,7 +186,9 @@ class GpuTorchNN(OnDevice, TorchNN):
         if self.captured:
             return "a CUDA graph"
         operators = Operators()
-        with self.mode(), operators:
+        trains = self.problem.shape.mode in ("forward", "training")
+        # not in inference mode, where torch shows the layer whole
+        with self.settings(), torch.set_grad_enabled(trains), operators:
             self.inner()
         if any("cudnn" in name for name in operators.seen):
             return "cuDNN" + ", weights in one buffer" * self.flattened

@@ -436,8 +436,11 @@ def test_a_refusal_is_a_reason(pretended: Pretend, monkeypatch: pytest.MonkeyPat
     assert comparison.run(gpu_shapes.SMOKE[3]) is None
     assert not comparison.wrong
     assert "rnnfast pdl" not in comparison.rows[0]["contestants"]
-    reasons = comparison.left_out["rnnfast pdl"]
-    assert reasons == {"launch 'pdl' needs compute capability 9.0, got 8.0": 1}
+    why = "launch 'pdl' needs compute capability 9.0, got 8.0"
+    assert comparison.left_out["rnnfast pdl"] == {why: 1}
+    # where it is ours itself that is refused, the point has this reason
+    comparison.ours = gpu_peers.Dependent
+    assert comparison.run(gpu_shapes.SMOKE[3]) == f"rnnfast pdl: {why}"
 
 
 def test_a_build_without_the_engine_is_told(

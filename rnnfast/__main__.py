@@ -9,7 +9,7 @@ import torch
 
 import rnnfast
 
-from . import engine
+from . import _cuda, engine
 
 _PAIRS: tuple[tuple[str, dict[str, object]], ...] = (
     ("LSTM", {}),
@@ -46,8 +46,8 @@ def main() -> int:
     print(f"python    {platform.python_version()} on {platform.platform()}")
     print(f"cpu isa   {engine.active_isa()} (here: {', '.join(engine.available_isas())})")
     print(f"threads   {torch.get_num_threads()}")
-    cuda = torch.cuda.is_available()
-    print(f"devices   cpu{', cuda (no engine in this version)' if cuda else ''}")
+    why = _cuda.why_not()
+    print(f"cuda      {why or torch.cuda.get_device_name()}")
     print(f"engines   {', '.join(rnnfast.engines())}")
     print("self-check against torch.nn, outputs and gradients:")
     good = True

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _cuda, ops
 from .cells import CELLS, CellSpec
 
 _forward_group = torch.ops.rnnfast.forward_group.default
@@ -135,6 +135,8 @@ def _at_once(passes: Sequence[_OnePass], incoming: Any, chained: bool) -> list[A
         tensors += [*given, reset, y, saved, *incoming[4 * i : 4 * i + 3]]
     needs = [ops.needs_mask(one.needs_input_grad) for one in passes]
     first = passes[0]
+    if first.saved_tensors[0].is_cuda:
+        _cuda.heed_flags()
     with ops.below_autograd():
         grads = _backward_group(
             first.saved_tensors[0], tensors, batch_sizes, first.cell, chained, needs
@@ -152,7 +154,8 @@ def applies(x: Tensor, passes: Sequence[Pass]) -> bool:
     """Whether a call with these tensors may take this way: plain ones only, since the operators
     have no fake kernels."""
     tensors = (x, *(t for one in passes for t in one))
-    return x.is_cpu and all(type(t) in _PLAIN for t in tensors) and ops.is_eager(tensors)
+    on_engine = x.is_cpu or x.is_cuda
+    return on_engine and all(type(t) in _PLAIN for t in tensors) and ops.is_eager(tensors)
 
 
 def run(

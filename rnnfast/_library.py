@@ -1,4 +1,4 @@
-"""Finds and loads the compiled library, which registers the operators."""
+"""Finds and loads the compiled libraries, which register the operators."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 _loaded = False
+_cuda_error: str | None = None
 
 
 def library_path() -> Path:
@@ -14,13 +15,31 @@ def library_path() -> Path:
     return Path(__file__).with_name("_C.so")
 
 
+def cuda_load_error() -> str:
+    """Why the CUDA kernels are not loaded, in a few words; empty if they are."""
+    return _cuda_error or ""
+
+
+def _load_cuda() -> str:
+    path = Path(__file__).with_name("_C_cuda.so")
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) has no CUDA"
+    if not path.exists():
+        return "this build of rnnfast has no CUDA engine (RNNFAST_CUDA=0, or no nvcc when it was built)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} could not be loaded under torch {torch.__version__}: {error}"
+    return ""
+
+
 def load() -> None:
-    """Load ``_C.so`` once.
+    """Load ``_C.so`` once, and ``_C_cuda.so`` where torch has CUDA.
 
     Raises:
         ImportError: if it has not been built, or was built for a torch that does not fit.
     """
-    global _loaded
+    global _loaded, _cuda_error
     if _loaded:
         return
     path = library_path()
@@ -36,4 +55,5 @@ def load() -> None:
             f"rnnfast: {path.name} could not be loaded under torch {torch.__version__} ({error}); "
             "rnnfast needs torch >= 2.10, and a build on this machine"
         ) from error
+    _cuda_error = _load_cuda()
     _loaded = True

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _group, _reset, engine, ops, reference
+from . import _cuda, _group, _reset, engine, ops, reference
 from ._checks import DTYPES, check_batch_sizes, check_weights
 from .cells import CellSpec
 
@@ -111,25 +111,40 @@ def use_reference(
     if _transforms_active() or (
         forward_ad._current_level >= 0 and _has_tangent((x, h0, c0, *weights))
     ):
-        if engine.forced == "cpu":
+        if engine.forced != "auto":
             raise RuntimeError(
-                'rnnfast: the engine "cpu" was forced and can\'t run under functorch transforms or '
-                'forward-mode AD; use_engine("auto") or use_engine("reference") can'
+                f'rnnfast: the engine "{engine.forced}" was forced and can\'t run under functorch '
+                'transforms or forward-mode AD; use_engine("auto") or use_engine("reference") can'
             )
         return True
     if x.dtype not in DTYPES:
         raise RuntimeError(
-            "rnnfast: the CPU engine computes in float32, float64, bfloat16 and float16, got "
+            "rnnfast: the engines compute in float32, float64, bfloat16 and float16, got "
             f"{x.dtype}; convert with .float(), or run plain torch operators with "
             'rnnfast.use_engine("reference")'
         )
-    if not (x.is_cpu or x.is_meta):
-        raise RuntimeError(
-            f"rnnfast: this version has no engine for {x.device.type}, got a tensor on {x.device}; "
-            'move it with .cpu(), run plain torch operators with rnnfast.use_engine("reference"), '
-            "or go back to torch.nn with rnnfast.restore(model)"
-        )
+    if not x.is_cpu:
+        _check_engine(x)
+    elif engine.forced == "cuda":
+        raise RuntimeError(f'rnnfast: the engine "cuda" was forced, got a tensor on {x.device}')
     return False
+
+
+def _check_engine(x: Tensor) -> None:
+    """Whether an engine runs on the device of x, which is not the CPU."""
+    if x.is_meta:
+        return
+    if engine.forced == "cpu":
+        raise RuntimeError(f'rnnfast: the engine "cpu" was forced, got a tensor on {x.device}')
+    why = _cuda.why_not() if x.is_cuda else f"there is none for {x.device.type}"
+    if why:
+        raise RuntimeError(
+            f"rnnfast: no engine can run on {x.device}: {why}; "
+            "move the tensors with .cpu(), run plain torch operators with "
+            'rnnfast.use_engine("reference"), or go back to torch.nn with rnnfast.restore(model)'
+        )
+    if not torch.compiler.is_compiling():
+        _cuda.heed_flags()
 
 
 def direction(

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from . import _cuda
 from ._checks import DTYPES
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .modules import GRU, LSTM, RNN, IndRNN
@@ -77,9 +78,11 @@ def _why_not(module: nn.Module) -> str | None:
         return f"its class {type(module).__name__} is derived from torch.nn's and may differ"
     for name, p in module.named_parameters(recurse=False):
         if not (p.is_cpu or p.is_meta):
-            return f"{name} is on {p.device}, and this version has no engine there"
+            why = _cuda.why_not() if p.is_cuda else f"there is none for {p.device.type}"
+            if why:
+                return f"{name} is on {p.device}, where no engine can run: {why}"
         if p.dtype not in DTYPES:
-            return f"{name} is {p.dtype}, which the CPU engine does not compute in"
+            return f"{name} is {p.dtype}, which no engine computes in"
     return None
 
 
@@ -94,7 +97,7 @@ def accelerate(model: _Model) -> _Model:
 
     Parameters that cuDNN had flattened into one buffer get memory of their own; views of any other
     buffer (a flat optimizer's, say) stay what they are. Subclasses of torch.nn's layers, and
-    layers whose weights this version has no engine for (not on the CPU, say) are left alone.
+    layers whose weights no engine can run on (of another device or dtype) are left alone.
 
     To see what was swapped and what was not, and why, let the logger ``"rnnfast"`` speak before
     the call, ``logging.basicConfig(level="INFO")``; ``print(rnnfast.explain(model))`` lists

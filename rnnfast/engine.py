@@ -8,6 +8,7 @@ from types import TracebackType
 
 import torch
 
+from . import _cuda
 from . import ops as _ops  # noqa: F401  (loads the operators)
 
 __all__ = ["EngineScope", "engines", "last_run", "use_engine"]
@@ -17,7 +18,7 @@ KERNELS = ("packed", "direct")
 SPLITS = ("serial", "batch", "units", "directions", "layers")
 PASS_SPLITS = SPLITS[:3]  # of one direction of one layer
 _KERNEL_RAN = (*KERNELS, "diagonal")
-_NAMES = ("auto", "cpu", "reference")
+_NAMES = ("auto", "cpu", "cuda", "reference")
 
 _native = torch.ops.rnnfast
 # read by _run.use_reference at every call; changed by use_engine only
@@ -27,6 +28,7 @@ isa_changes = 0
 _isa_wish = -1
 _kernel_wish = -1
 _split_wish = -1
+_launch_wish = -1
 
 _local = threading.local()
 
@@ -39,15 +41,16 @@ def available_isas() -> list[str]:
 def engines() -> list[str]:
     """Names of the engines that can run here, as :func:`use_engine` takes them.
 
-    In this version the same everywhere: a build always has a CPU engine, whose portable kernels
-    need no instruction set, and the reference is Python.
+    A build always has a CPU engine, whose portable kernels need no instruction set, and the
+    reference is Python. ``"cuda"`` is there where the build has it, torch has CUDA, and a device is
+    visible; ``python -m rnnfast`` says what is missing.
 
     Example::
 
         >>> rnnfast.engines()
         ['cpu', 'reference']
     """
-    return ["cpu", "reference"]
+    return ["cpu", *([] if _cuda.why_not() else ["cuda"]), "reference"]
 
 
 def _set_isa(isa: int) -> int:
@@ -71,10 +74,16 @@ def _set_split(split: int) -> int:
     return int(_native.set_split(split))
 
 
+def _set_launch(launch: int) -> int:
+    global _launch_wish
+    _launch_wish = launch
+    return _cuda.set_launch(launch)
+
+
 class EngineScope:
     """What :func:`use_engine` returns: the choice is in force; leaving ``with`` undoes it."""
 
-    def __init__(self, before: tuple[str, int | None, int | None, int | None]) -> None:
+    def __init__(self, before: tuple[str, int | None, int | None, int | None, int | None]) -> None:
         self._before = before
 
     def __enter__(self) -> EngineScope:
@@ -87,24 +96,32 @@ class EngineScope:
         traceback: TracebackType | None,
     ) -> None:
         global forced
-        forced, isa, kernel, split = self._before
+        forced, isa, kernel, split, launch = self._before
         if isa is not None:
             _set_isa(isa)
         if kernel is not None:
             _set_kernel(kernel)
         if split is not None:
             _set_split(split)
+        if launch is not None:
+            _set_launch(launch)
 
 
 def use_engine(
-    name: str, *, isa: str | None = None, kernel: str | None = None, split: str | None = None
+    name: str,
+    *,
+    isa: str | None = None,
+    kernel: str | None = None,
+    split: str | None = None,
+    launch: str | None = None,
 ) -> EngineScope:
     """Force an engine, for the whole process, from now on or within ``with``.
 
     Args:
-        name: ``"auto"`` (the default: the CPU engine where it applies, reference.py under functorch
-            transforms and forward-mode AD; every choice automatic again), ``"cpu"``, or
-            ``"reference"`` (plain torch operators: any dtype and device, slow)
+        name: ``"auto"`` (the default: the engine of the tensors' device, reference.py under
+            functorch transforms and forward-mode AD; every choice automatic again), ``"cpu"`` or
+            ``"cuda"`` (that one or an error), or ``"reference"`` (plain torch operators: any dtype
+            and device, slow)
         isa: instruction set of the CPU engine: ``"portable"``, ``"avx2"``, ``"avx512"``,
             ``"avx512_bf16"`` (with AVX512_VNNI), ``"amx"`` or ``"neon"``; ``None`` leaves it as
             it is. The last two of AVX-512 differ from it for bfloat16 and int8 only
@@ -114,6 +131,9 @@ def use_engine(
             a layer's two directions, or its several layers of one direction, side by side, and
             all else as it would be;
             ``None`` leaves it as it is
+        launch: of the CUDA engine, how the kernel of a step follows its product: ``"plain"``,
+            ``"pdl"`` (programmatic dependent launch, from compute capability 9.0 on; below it is
+            plain all the same) or ``"auto"``; ``None`` leaves it as it is
 
     Returns:
         An :class:`EngineScope`. Nothing has to be done with it; as a context manager it puts
@@ -132,8 +152,22 @@ def use_engine(
     global forced
     if name not in _NAMES:
         raise RuntimeError(f"rnnfast: use_engine needs one of {', '.join(_NAMES)}, got {name!r}")
-    if name == "reference" and not (isa is None and kernel is None and split is None):
-        raise RuntimeError("rnnfast: the reference engine has no isa, kernel or split to choose")
+    cpu_options = not (isa is None and kernel is None and split is None)
+    if name == "reference" and (cpu_options or launch is not None):
+        raise RuntimeError(
+            "rnnfast: the reference engine has no isa, kernel, split or launch to choose"
+        )
+    if name == "cuda" and cpu_options:
+        raise RuntimeError("rnnfast: isa, kernel and split are the CPU engine's, not cuda's")
+    if name == "cpu" and launch is not None:
+        raise RuntimeError("rnnfast: launch is the CUDA engine's, not cpu's")
+    if launch not in (None, "auto", *_cuda.LAUNCHES):
+        raise RuntimeError(
+            f"rnnfast: launch must be auto, {' or '.join(_cuda.LAUNCHES)}, got {launch!r}"
+        )
+    missing = _cuda.why_not() if name == "cuda" or launch is not None else ""
+    if missing:
+        raise RuntimeError(f"rnnfast: the CUDA engine can't run here: {missing}")
     if isa is not None and isa not in ISAS:
         raise RuntimeError(f"rnnfast: isa must be one of {', '.join(ISAS)}, got {isa!r}")
     if kernel is not None and kernel not in KERNELS:
@@ -145,7 +179,7 @@ def use_engine(
             f"rnnfast: isa {isa!r} can't run here, this machine and build have "
             f"{', '.join(available_isas())}"
         )
-    isa_before = kernel_before = split_before = None
+    isa_before = kernel_before = split_before = launch_before = None
     if isa is not None:
         isa_before = _set_isa(ISAS.index(isa))
     elif name == "auto":
@@ -158,8 +192,12 @@ def use_engine(
         split_before = _set_split(SPLITS.index(split))
     elif name == "auto":
         split_before = _set_split(-1)
+    if launch is not None:
+        launch_before = _set_launch(-1 if launch == "auto" else _cuda.LAUNCHES.index(launch))
+    elif name == "auto" and _cuda.loaded():
+        launch_before = _set_launch(-1)
     before, forced = forced, name
-    return EngineScope((before, isa_before, kernel_before, split_before))
+    return EngineScope((before, isa_before, kernel_before, split_before, launch_before))
 
 
 def _isa_from_environment() -> int:
@@ -197,6 +235,16 @@ def kernel_is_forced() -> bool:
 def split_is_forced() -> bool:
     """Whether use_engine chose the split."""
     return _split_wish >= 0
+
+
+def wished_launch() -> int:
+    """The index of the launch that use_engine chose, or -1."""
+    return _launch_wish
+
+
+def launch_is_forced() -> bool:
+    """Whether use_engine chose how the CUDA engine launches."""
+    return _launch_wish >= 0
 
 
 def choose_group(
@@ -262,14 +310,20 @@ def choose(
 
 def note_reference() -> None:
     """Remember that reference.py ran last on this thread."""
-    _local.reference_at = int(_native.last_run(5))
+    _local.reference_at = _counts()
+
+
+def _counts() -> tuple[int, int]:
+    """Runs of this thread on the CPU and on CUDA devices."""
+    return int(_native.last_run(5)), _cuda.last_run(0) if _cuda.loaded() else 0
 
 
 def last_run() -> dict[str, str | int | None]:
     """What ran in the last forward or backward pass of this thread.
 
     Returns:
-        ``engine`` ("cpu", "reference", or None before the first run), and of the CPU engine
+        ``engine`` ("cpu", "cuda", "reference", or None before the first run), of the CUDA engine
+        ``device`` (as "sm_90"), ``launch`` ("plain" or "pdl") and ``streams``, and of the CPU engine
         ``isa`` (that of the kernels: ``"avx512"`` where ``"amx"`` or ``"avx512_bf16"`` have none
         of their own), ``threads`` (number of threads; 1 where the pool had no others, or had kept
         this thread waiting just before), ``split`` ("serial", "batch", "units", "directions" or
@@ -282,12 +336,22 @@ def last_run() -> dict[str, str | int | None]:
         >>> rnnfast.last_run()["engine"]
         'cpu'
     """
-    count = int(_native.last_run(5))
-    keys = ("engine", "isa", "threads", "split", "kernel_ih", "kernel_hh")
+    counts = _counts()
+    keys = (
+        *("engine", "isa", "threads", "split", "kernel_ih", "kernel_hh"),
+        *("device", "launch", "streams"),
+    )
     ran: dict[str, str | int | None] = dict.fromkeys(keys)
-    if getattr(_local, "reference_at", -1) == count:
+    if getattr(_local, "reference_at", None) == counts:
         ran["engine"] = "reference"
-    elif count:
+    elif counts[1] and _cuda.last_run(1) > int(_native.last_run(6)):
+        ran.update(
+            engine="cuda",
+            device=f"sm_{_cuda.last_run(4)}",
+            launch=_cuda.LAUNCHES[_cuda.last_run(2)],
+            streams=_cuda.last_run(3),
+        )
+    elif counts[0]:
         isa, threads, ih, hh, split = (int(_native.last_run(field)) for field in range(5))
         ran.update(
             engine="cpu",

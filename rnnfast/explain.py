@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import engine
+from . import _cuda, engine
 from ._checks import DTYPES
 from ._layer import spec_of
 from .cell_modules import GRUCell, LSTMCell, RNNCell
@@ -29,13 +29,15 @@ class Row:
     Args:
         layer: its name
         shape: sizes, cell and dtype in words
-        engine: ``"cpu"``, ``"reference"`` or ``"torch.nn"``
-        isa: instruction set of the kernels, or ``"-"``
+        engine: ``"cpu"``, ``"cuda"``, ``"reference"``, ``"torch.nn"``, or ``"none"`` if nothing
+            can run it
+        isa: instruction set of the kernels, on a GPU as ``"sm_90"``, or ``"-"``
         threads: number of threads, or 0 where rnnfast does not choose it
         split: how threads divide the work: ``"serial"``, ``"batch"``, ``"units"``, or
-            ``"directions"`` or ``"layers"`` where those of a layer run side by side
+            ``"directions"`` or ``"layers"`` where those of a layer run side by side (on a GPU: on
+            streams)
         kernel: where the products take their weights: ``"packed"`` or ``"direct"``; input side
-            and hidden side if they differ
+            and hidden side if they differ. On a GPU ``"step"``, a product and a kernel a step
         reason: why; where there was a choice, with the microseconds that the cost model gives a
             forward pass under each split
     """
@@ -124,6 +126,42 @@ class Beside:
     input_size: int
 
 
+def _cuda_row(
+    name: str,
+    shape: str,
+    spec: CellSpec,
+    sizes: tuple[int, int, int, int, int],
+    itemsize: int,
+    device: torch.device,
+    beside: Beside | None,
+) -> Row:
+    """The row of a layer on a CUDA device."""
+    why = _cuda.why_not()
+    if why:
+        return Row(name, shape, "none", "-", 0, "-", "-", f"no engine can run on {device}: {why}")
+    major, minor = torch.cuda.get_device_capability(device)
+    first = (*sizes[:2], sizes[2] if beside is None else beside.input_size, *sizes[3:])
+    count, chained = (1, False) if beside is None else (beside.count, beside.chained)
+    launch, streams, steps = _cuda.choose(
+        spec.id, first, itemsize, 10 * major + minor, count, chained, engine.wished_launch()
+    )
+    split = "-" if streams == 1 else "layers" if chained else "directions"
+    if spec.diagonal:
+        parts = ["all steps with the same rows in one launch: the recurrence has no product"]
+    else:
+        parts = ["a cuBLAS product and one kernel a step"]
+    parts.append(
+        "launches are "
+        + ("programmatic dependent" if launch == "pdl" else "plain")
+        + (", forced by use_engine" if engine.launch_is_forced() else "")
+    )
+    whole = steps >= sizes[0]
+    parts.append(f"the input projection takes {'all' if whole else steps} steps at once")
+    if streams > 1:
+        parts.append(f"{streams} streams of torch's pool")
+    return Row(name, shape, "cuda", f"sm_{major}{minor}", 0, split, "step", "; ".join(parts))
+
+
 def _row(
     name: str,
     spec: CellSpec,
@@ -146,10 +184,12 @@ def _row(
         return Row(name, shape, "reference", *nothing, "forced by use_engine")
     if dtype not in (*DTYPES, torch.int8):
         return Row(name, shape, "none", *nothing, f"no engine for {dtype}: use float32, say")
-    if device.type not in ("cpu", "meta"):
-        return Row(name, shape, "none", *nothing, f"no engine for {device} in this version")
     tensors = torch.float32 if dtype == torch.int8 else dtype
     itemsize = torch.empty((), dtype=tensors).element_size()
+    if device.type == "cuda":
+        return _cuda_row(name, shape, spec, sizes, itemsize, device, beside)
+    if device.type not in ("cpu", "meta"):
+        return Row(name, shape, "none", *nothing, f"there is no engine for {device.type}")
     offered, packed = torch.get_num_threads(), bool(kept)
     isa, threads, ih, hh, split = engine.choose(spec.id, sizes, itemsize, offered, packed)
     beside_text = ""
@@ -267,8 +307,11 @@ def explain(
     hidden_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     train: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Explanation:
     """Tell which engine, ISA, threads, split and kernel a layer, model or shape gets, and why.
+
+    Each layer is explained for the device of its weights, the name of a cell for ``device``.
 
     Args:
         what: a layer, a model with recurrent layers in it, or the name of a cell ("lstm", "gru",
@@ -278,6 +321,7 @@ def explain(
         seq_len, batch: number of steps and of sequences
         input_size, hidden_size, dtype, train: for the name of a cell; ``torch.int8`` stands for a
             layer that :func:`rnnfast.quantize` made
+        device: for the name of a cell
 
     Returns:
         :class:`Explanation`: ``rows``, one for each layer and direction; printing it gives a table
@@ -300,7 +344,8 @@ def explain(
         spec = cell_spec(what)
         sizes = (seq_len, batch, input_size, hidden_size, hidden_size)
         kept = "quantize()" if dtype == torch.int8 else ""
-        return Explanation([_row(spec.name, spec, sizes, dtype, torch.device("cpu"), train, kept)])
+        where = torch.device(device)
+        return Explanation([_row(spec.name, spec, sizes, dtype, where, train, kept)])
     layers: dict[str, nn.Module] = {
         name: module
         for name, module in what.named_modules()

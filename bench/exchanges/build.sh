@@ -8,5 +8,5 @@ out=${1:-$here/../../build/exchanges}
 arch=${RNNFAST_CUDA_ARCHS:-90a}
 mkdir -p "$(dirname "$out")"
 # shellcheck disable=SC2086 # flags are words
-exec "${NVCC:-nvcc}" -std=c++20 -O3 -gencode="arch=compute_$arch,code=sm_$arch" -Werror all-warnings \
+exec "${NVCC:-nvcc}" --threads 0 -std=c++20 -O3 -gencode="arch=compute_$arch,code=sm_$arch" -Werror all-warnings \
   ${NVCC_FLAGS:-} -o "$out" "$here"/*.cu

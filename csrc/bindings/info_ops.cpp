@@ -1,5 +1,6 @@
 // Operators without tensors: what runs, what would run, and what is forced. `explain` and
 // `use_engine` stand on them.
+#include "../core/choose_cuda.h"
 #include "../cpu/dispatch.h"
 #include "checks.h"
 
@@ -15,8 +16,8 @@ int64_t field_of(int64_t field, Isa isa, int threads, const Choice& choice) {
     case 4: return static_cast<int64_t>(threads > 1 ? choice.split : Split::kSerial);
   }
   fail(
-      "field must be 0 (isa), 1 (threads), 2 (kernel_ih), 3 (kernel_hh), 4 (split) or 5 (runs), "
-      "got " +
+      "field must be 0 (isa), 1 (threads), 2 (kernel_ih), 3 (kernel_hh), 4 (split) or, of the last "
+      "run, 5 (runs) or 6 (time), got " +
       std::to_string(field));
 }
 
@@ -50,7 +51,9 @@ int64_t set_split(int64_t split) {
 
 int64_t last_run_op(int64_t field) {
   const LastRun& run = last_run();
-  return field == 5 ? run.runs : field_of(field, run.isa, run.threads, run.choice);
+  if (field == 5) return run.runs;
+  if (field == 6) return run.time;
+  return field_of(field, run.isa, run.threads, run.choice);
 }
 
 Shape checked_shape(int64_t cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
@@ -85,24 +88,53 @@ double estimate_op(int64_t split, int64_t cell, int64_t T, int64_t B, int64_t I,
   return estimate(shape, machine, choice).total();
 }
 
+// Shapes of `count` passes; the first of chained ones has input size I, the others that of their
+// inputs, P.
+std::vector<Shape> shapes_of(int64_t count, bool chained, const Shape& first) {
+  if (count < 1 || count > 4096) fail("count must be in [1, 4096], got " + std::to_string(count));
+  std::vector<Shape> shapes(count, first);
+  if (chained)
+    for (int64_t i = 1; i < count; ++i) shapes[i].input_size = first.output_size;
+  return shapes;
+}
+
 // How several passes with these sizes run: how many at the same time (field 0), each on how many
-// threads (1), and the model's microseconds one by one (2) and side by side (3; 0: can't be). The
-// first of chained ones has input size I, the others that of their inputs, P.
+// threads (1), and the model's microseconds one by one (2) and side by side (3; 0: can't be).
 double choose_group_op(int64_t field, int64_t count, bool chained, bool backward, int64_t cell,
                        int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t itemsize,
                        int64_t threads, bool packed) {
   if (field < 0 || field > 3)
     fail("field must be 0 (teams), 1 (threads of each), 2 (one by one) or 3 (side by side), got " +
          std::to_string(field));
-  if (count < 1 || count > 4096) fail("count must be in [1, 4096], got " + std::to_string(count));
-  std::vector<Shape> shapes(
-      count, checked_shape(cell, T, B, chained ? P : I, H, P, itemsize, threads, packed));
-  shapes[0].input_size = I;
+  const auto shapes =
+      shapes_of(count, chained, checked_shape(cell, T, B, I, H, P, itemsize, threads, packed));
   const GroupChoice choice = choose_group_for(
       {shapes.data(), static_cast<int>(count), chained, backward}, static_cast<int>(threads));
   const double fields[] = {static_cast<double>(choice.teams),
                            static_cast<double>(choice.each.threads), choice.one_by_one,
                            choice.side_by_side};
+  return fields[field];
+}
+
+// What the CUDA engine does with such passes on a device of a compute capability (10 * major +
+// minor), with a wished Launch or -1: its Launch (field 0), streams (1), steps of an input
+// projection (2). No device is needed to ask.
+int64_t choose_cuda_op(int64_t field, int64_t capability, int64_t launch, int64_t count,
+                       bool chained, int64_t cell, int64_t T, int64_t B, int64_t I, int64_t H,
+                       int64_t P, int64_t itemsize) {
+  if (field < 0 || field > 2)
+    fail("field must be 0 (launch), 1 (streams) or 2 (steps), got " + std::to_string(field));
+  if (launch < -1 || launch > 1)
+    fail("launch must be -1 (automatic), 0 (plain) or 1 (pdl), got " + std::to_string(launch));
+  const auto shapes =
+      shapes_of(count, chained, checked_shape(cell, T, B, I, H, P, itemsize, 1, false));
+  const CudaDevice device{static_cast<int>(capability)};
+  const std::string why = why_not_cuda(device);
+  if (!why.empty()) fail(why);
+  const CudaChoice choice = choose_cuda({shapes.data(), static_cast<int>(count), chained, false},
+                                        device, {static_cast<int>(launch)});
+  const int64_t fields[] = {static_cast<int64_t>(choice.launch), choice.streams,
+                            choice.chunk_steps};
   return fields[field];
 }
 
@@ -123,6 +155,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
       "choose_group(int field, int count, bool chained, bool backward, int cell, int T, int B, int "
       "I, int H, int P, int itemsize, int threads, bool packed=False) -> float");
   m.def(
+      "choose_cuda(int field, int capability, int launch, int count, bool chained, int cell, int "
+      "T, int B, int I, int H, int P, int itemsize) -> int");
+  m.def(
       "estimate(int split, int cell, int T, int B, int I, int H, int P, int itemsize, int threads, "
       "bool packed=False) "
       "-> float");
@@ -135,6 +170,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {
   m.impl("last_run", TORCH_BOX(&rnnfast::last_run_op));
   m.impl("choose", TORCH_BOX(&rnnfast::choose));
   m.impl("estimate", TORCH_BOX(&rnnfast::estimate_op));
+  m.impl("choose_cuda", TORCH_BOX(&rnnfast::choose_cuda_op));
   m.impl("choose_group", TORCH_BOX(&rnnfast::choose_group_op));
   m.impl("set_split", TORCH_BOX(&rnnfast::set_split));
 }

@@ -97,6 +97,7 @@ struct LastRun {
   int threads;
   Choice choice;
   int64_t runs;
+  int64_t time;  // nanoseconds of the steady clock
 };
 const LastRun& last_run();
 

@@ -1,5 +1,6 @@
 // One pass of a layer, or several of them side by side: the choice, the scratch memory, the
 // threads.
+#include <chrono>
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -71,7 +72,9 @@ struct Planned {
 
 void note_run(Isa isa, int threads, const Choice& choice) {
   const int64_t runs = last_run_value.runs + 1;
-  last_run_value = {isa, threads, choice, runs};
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  last_run_value = {isa, threads, choice, runs,
+                    std::chrono::duration_cast<std::chrono::nanoseconds>(now).count()};
 }
 
 template <class Args>

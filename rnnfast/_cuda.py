@@ -1,0 +1,65 @@
+"""The CUDA engine seen from Python: whether it can run here, what torch allows it, what it ran."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ._library import cuda_load_error
+
+LAUNCHES = ("plain", "pdl")
+
+_native = torch.ops.rnnfast
+
+
+def loaded() -> bool:
+    """Whether the kernels are loaded. Asks for no device: that starts CUDA, which a process that
+    forks later must not."""
+    return not cuda_load_error()
+
+
+@functools.cache
+def why_not() -> str:
+    """Why the CUDA engine can't run here, in a few words; empty if it can."""
+    error = cuda_load_error()
+    if error:
+        return error
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return ""
+
+
+def heed_flags() -> None:
+    """Take over torch's flag for TF32 in recurrent layers: nn.LSTM's own, so that the same model
+    has the same precision. Called before the operators, which can't read it."""
+    allowed = torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    _native.cuda_set(0, int(allowed))
+
+
+def set_launch(launch: int) -> int:
+    """Wish for one of LAUNCHES, or -1; gives the wish before."""
+    return int(_native.cuda_set(1, launch))
+
+
+def last_run(field: int) -> int:
+    """Of this thread: 0 runs, 1 time, 2 launch, 3 streams, 4 compute capability."""
+    return int(_native.cuda_last_run(field))
+
+
+def choose(
+    cell: int,
+    sizes: tuple[int, int, int, int, int],
+    itemsize: int,
+    capability: int,
+    count: int = 1,
+    chained: bool = False,
+    launch: int = -1,
+) -> tuple[str, int, int]:
+    """What the engine does for sizes (T, B, I, H, P) of ``count`` passes: how it launches, on how
+    many streams, and how many steps an input projection takes at once."""
+    how, streams, steps = (
+        int(_native.choose_cuda(field, capability, launch, count, chained, cell, *sizes, itemsize))
+        for field in range(3)
+    )
+    return LAUNCHES[how], streams, steps
