@@ -33,7 +33,7 @@ def why_not() -> str:
 def heed_flags() -> None:
     """Take over torch's flag for TF32 in recurrent layers: nn.LSTM's own, so that the same model
     has the same precision. Called before the operators, which can't read it."""
-    allowed = torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    allowed = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
     _native.cuda_set(0, int(allowed))
 
 

@@ -25,7 +25,7 @@ def _load_cuda() -> str:
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) has no CUDA"
     if not path.exists():
-        return "this build of rnnfast has no CUDA engine (RNNFAST_CUDA=0, or no nvcc when it was built)"
+        return "this build of rnnfast has no CUDA engine (RNNFAST_CUDA=0, or no nvcc was found)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

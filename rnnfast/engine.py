@@ -322,8 +322,8 @@ def last_run() -> dict[str, str | int | None]:
     """What ran in the last forward or backward pass of this thread.
 
     Returns:
-        ``engine`` ("cpu", "cuda", "reference", or None before the first run), of the CUDA engine
-        ``device`` (as "sm_90"), ``launch`` ("plain" or "pdl") and ``streams``, and of the CPU engine
+        ``engine`` ("cpu", "cuda", "reference", or None before the first run); of the CUDA engine
+        ``device`` (as "sm_90"), ``launch`` ("plain" or "pdl") and ``streams``; of the CPU engine
         ``isa`` (that of the kernels: ``"avx512"`` where ``"amx"`` or ``"avx512_bf16"`` have none
         of their own), ``threads`` (number of threads; 1 where the pool had no others, or had kept
         this thread waiting just before), ``split`` ("serial", "batch", "units", "directions" or

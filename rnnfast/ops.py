@@ -65,7 +65,7 @@ def _batch(batch_sizes: Tensor, state: Tensor | None) -> Any:
 
 
 @torch.library.register_fake("rnnfast::forward")
-def _(
+def forward_fake(
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -104,7 +104,7 @@ def _(
 
 
 @torch.library.register_fake("rnnfast::backward")
-def _(
+def backward_fake(
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,

@@ -283,7 +283,7 @@ stage_memcheck() { sanitizer_stage memcheck; }
 stage_racecheck() { sanitizer_stage racecheck; }
 
 stage_exchanges() {
-  if [ -z "${EXCHANGES:-}" ] && { [ ! -x "$program" ] || ! "$program" --only -- >/dev/null 2>&1 ||
+  if [ -z "${EXCHANGES:-}" ] && { [ ! -x "$program" ] || ! timeout 30 "$program" --only -- >/dev/null 2>&1 ||
     [ -n "$(find bench/exchanges -newer "$program" -name '*.[ch]*')" ]; }; then
     if ! command -v nvcc >/dev/null; then
       set_result "$([ -n "$gpu" ] && echo failed || echo dry)" "no nvcc on PATH, and no program at $program"
@@ -294,6 +294,7 @@ stage_exchanges() {
       judge $? "bench/exchanges/build.sh"
       return
     }
+    limit=$((limit - SECONDS + begun))
   fi
   local seconds=$((limit > 20 ? limit - 10 : limit)) code good all
   bounded "$limit" "$program" --seconds "$seconds" >"$out/exchanges.json"
