@@ -22,12 +22,13 @@ struct Work {
 
 struct Queue {
   std::deque<Work> work;
+  bool in_call = false;
 };
 
 struct Handle {
   Queue* stream = nullptr;
   void* workspace = nullptr;
-  int math_mode = 3;  // as torch leaves it where TF32 is allowed
+  int math_mode = 3;              // as torch leaves it where TF32 is allowed
   std::map<void*, Queue*> owner;  // of a workspace
 };
 
@@ -42,8 +43,19 @@ void enqueue(Queue* queue, std::function<void()> work) {
   queue->work.push_back({std::move(work), nullptr, 0});
 }
 
+void begin_call(Queue* caller) {
+  enqueue(caller, [caller] { caller->in_call = true; });
+}
+
 void run_all(const std::vector<Queue*>& queues, unsigned seed) {
   std::mt19937 random(seed);
+  Queue* caller = queues[0];
+  // What the caller launches next, and may read results.
+  enqueue(caller, [&queues, caller] {
+    for (Queue* queue : queues)
+      if (queue != caller && !queue->work.empty())
+        throw std::runtime_error("on_host: a stream goes on after the call");
+  });
   for (;;) {
     std::vector<Queue*> ready;
     bool left = false;
@@ -60,6 +72,8 @@ void run_all(const std::vector<Queue*>& queues, unsigned seed) {
     for (unsigned count = 1 + random() % 8; count > 0 && !chosen->work.empty(); --count) {
       Work& next = chosen->work.front();
       if (next.waits && next.waits->reached < next.until) break;
+      if (chosen != caller && !caller->in_call)
+        throw std::runtime_error("on_host: a stream began before the call");
       if (next.run) next.run();
       chosen->work.pop_front();
     }

@@ -17,7 +17,10 @@ extern Settings settings;
 
 Queue* new_queue();
 void delete_queue(Queue* queue);
-// Runs all work of the queues in an order drawn from the seed; an error if some can never run.
+// Before the work of a call: what the first of its streams, the caller's, still had to do.
+void begin_call(Queue* caller);
+// Runs all work of the queues in an order drawn from the seed. An error if some can never run, if
+// another stream began before the caller's had come to the call, or goes on after it.
 void run_all(const std::vector<Queue*>& queues, unsigned seed);
 
 // A cuBLAS handle: its stream and workspace.

@@ -1,5 +1,5 @@
-// The CUDA operators on CPU tensors, as torch.ops.rnnfast_on_host: the engine, its host side and its
-// bindings are the ones of _C_cuda; the device is on_host's.
+// The CUDA operators on CPU tensors, as torch.ops.rnnfast_on_host: the engine, its host side and
+// its bindings are the ones of _C_cuda; the device is on_host's.
 #include <cstring>
 
 #include "bindings/cuda_context.h"
@@ -27,8 +27,8 @@ const CudaStream* CudaContext::streams(int count) {
     streams_.back().workspace = workspaces_.back().mutable_data_ptr();
     streams_.back().workspace_bytes = 256;
   }
-  on_host::blas_of(static_cast<on_host::Handle*>(handle_))
-      .set_stream(handle_, streams_[0].stream);
+  on_host::begin_call(streams_[0].stream);
+  on_host::blas_of(static_cast<on_host::Handle*>(handle_)).set_stream(handle_, streams_[0].stream);
   return streams_.data();
 }
 Blas CudaContext::blas(bool tf32) const {

@@ -1,0 +1,341 @@
+"""The CUDA engine on a device of loops: its kernels, host side and bindings, without a GPU.
+
+What a GPU adds (its arithmetic, launches, streams, cuBLAS itself) is test_cuda*.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import cases
+import on_host
+import oracle
+import pytest
+import tolerance
+import torch
+from cases import Case
+from torch import Tensor
+
+from rnnfast import _cuda
+from rnnfast.cells import CELLS
+
+DEVICE = on_host.operators()
+CPU = torch.ops.rnnfast
+SEED, CAPABILITY, LAUNCHES_LEFT = range(3)  # of DEVICE.set
+TF32, LAUNCH = range(2)  # of DEVICE.cuda_set
+
+# Products of the device are three loops: large sizes would only be slow.
+CASES = [case for case in cases.engine_cases() if case.hidden <= 130]
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    on_host.fill_fresh_memory(0x01)
+    yield
+    on_host.fill_fresh_memory(0)
+    for field, value in ((SEED, 0), (CAPABILITY, 90), (LAUNCHES_LEFT, -1)):
+        DEVICE.set(field, value)
+    DEVICE.cuda_set(TF32, 0)
+    DEVICE.cuda_set(LAUNCH, -1)
+
+
+def run(problem: cases.Problem) -> tolerance.Tensors:
+    """As cases.run_rnnfast, on the device."""
+    case = problem.case
+    leaves, args = cases.op_inputs(problem)
+    cell = oracle.CELL_IDS[case.cell]
+    y, h_n, c_n, _ = DEVICE.forward(*args, None, cell, case.reverse, True)
+    plain = DEVICE.forward(
+        *(t.detach() if isinstance(t, Tensor) else t for t in args), None, cell, case.reverse, False
+    )
+    assert plain[3].numel() == 0, "nothing is kept where nobody asked"
+    for kept, same in zip((y, h_n, c_n), plain, strict=False):
+        assert tolerance.same_bits(kept.detach(), same)
+    outputs = {"y": y, "h_n": h_n}
+    if case.cell == "lstm":
+        outputs["c_n"] = c_n[0]
+    grads = cases._gradients(cases._pack_cotangents(problem), leaves, outputs)
+    return {k: v.detach() for k, v in outputs.items()} | grads
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cases(case: Case) -> None:
+    """Every pair of options and sizes, against float64."""
+    problem, ref, peer = cases.solved(case)
+    tolerance.check(run(problem), peer, ref, case.dtype)
+
+
+HALVES = [
+    Case(cell, 5, 6, 5, 17, dtype, reverse=packed, packed=packed)
+    for cell in oracle.CELLS
+    for dtype in (torch.bfloat16, torch.float16)
+    for packed in (False, True)
+]
+
+
+@pytest.mark.parametrize("case", HALVES, ids=str)
+def test_halves(case: Case) -> None:
+    """16 bits: rounded h and gradients of gates, all else in float32."""
+    problem = cases.build(case)
+    ref = cases.run_oracle(problem)
+    eps = torch.finfo(case.dtype).eps
+    for name, value in run(problem).items():
+        assert value.dtype == case.dtype
+        scale = tolerance.biggest(ref[name])
+        error = tolerance.biggest(value.double() - ref[name])
+        assert error <= 6 * eps * scale, f"{name}: {error / eps / scale:.1f} roundings"
+
+
+# --------------------------------------------------------------------------- whole passes
+
+
+def passes_of(
+    cell: int, count: int, chained: bool, *, proj: bool = False, packed: bool = False,
+    dtype: torch.dtype = torch.float64, steps: int = 37, state: bool = True, reset: bool = True,
+) -> tuple[Tensor, list[dict[str, Any]], Tensor | None]:  # fmt: skip
+    """x, what each pass is given, and batch_sizes."""
+    spec = CELLS[cell]
+    torch.manual_seed(cell)
+    batch, inputs, hidden = 3, 4, 5
+    out = 2 if proj else hidden
+    sizes = None
+    if packed:
+        sizes = torch.tensor([max(1, batch - t * batch // steps) for t in range(steps)])
+    rows = steps * batch if sizes is None else int(sizes.sum())
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype) * 0.3
+
+    x = numbers(rows, inputs) if packed else numbers(steps, batch, inputs)
+    passes = []
+    for i in range(count):
+        below = out if chained and i > 0 else inputs
+        gates = spec.gates * hidden
+        mask = torch.rand(rows) < 0.2
+        passes.append(
+            {
+                "h0": numbers(batch, out) if state else None,
+                "c0": numbers(spec.states - 1, batch, hidden) if state else None,
+                "w_ih": numbers(gates, below),
+                "w_hh": numbers(hidden) if spec.diagonal else numbers(gates, out),
+                "b_ih": numbers(gates),
+                "b_hh": numbers(gates),
+                "w_hr": numbers(out, hidden) if proj else None,
+                "reset": (mask if packed else mask.view(steps, batch)) if reset else None,
+            }
+        )
+    return x, passes, sizes
+
+
+def one_by_one(
+    ops: Any, x: Tensor, passes: list[dict[str, Any]], sizes: Tensor | None, cell: int,
+    chained: bool,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """Results of forward and of backward of all passes, in the group operators' order."""
+    forward: list[tuple[Tensor, ...]] = []
+    for i, p in enumerate(passes):
+        given = forward[-1][0] if chained and i else x
+        *t, reset = p.values()
+        forward.append(
+            ops.forward(given, *t, sizes, reset, None, cell, not chained and i == 1, True)
+        )
+    grads: list[Any] = [None] * len(passes)
+    dy = None
+    for i in reversed(range(len(passes))):
+        y, h_n, c_n, saved = forward[i]
+        if not chained or dy is None:
+            dy = torch.cos(y)
+        *t, reset = passes[i].values()
+        given = forward[i - 1][0] if chained and i else x
+        needs = 255 if passes[i]["w_hr"] is not None else 127
+        grads[i] = ops.backward(
+            dy, torch.sin(h_n), torch.sin(c_n), given, *t, sizes, reset, y, saved, cell,
+            not chained and i == 1, needs,
+        )  # fmt: skip
+        dy = grads[i][0] if chained else None
+    return [t for out in forward for t in out], [t for g in grads for t in g]
+
+
+def at_once(
+    ops: Any, x: Tensor, passes: list[dict[str, Any]], sizes: Tensor | None, cell: int,
+    chained: bool,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    given = [t for p in passes for t in (*p.values(), None)]
+    forward = ops.forward_group(x, given, sizes, cell, chained, True)
+    tensors = []
+    for i, p in enumerate(passes):
+        y, h_n, c_n, saved = forward[4 * i : 4 * i + 4]
+        dy = torch.cos(y) if not chained or i + 1 == len(passes) else None
+        tensors += [*p.values(), y, saved, dy, torch.sin(h_n), torch.sin(c_n)]
+    needs = [255 if p["w_hr"] is not None else 127 for p in passes]
+    return forward, ops.backward_group(x, tensors, sizes, cell, chained, needs)
+
+
+def close(a: list[Tensor], b: list[Tensor]) -> None:
+    for got, want in zip(a, b, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+FORMS = [("plain", {}), ("packed", {"packed": True}), ("without", {"state": False, "reset": False})]
+
+
+@pytest.mark.parametrize("cell", range(len(CELLS)), ids=[c.name for c in CELLS])
+@pytest.mark.parametrize(("form", "options"), FORMS, ids=[name for name, _ in FORMS])
+@pytest.mark.parametrize("chained", [False, True], ids=["directions", "layers"])
+def test_resets_states_and_groups(
+    cell: int, form: str, options: dict[str, Any], chained: bool
+) -> None:
+    """As the CPU engine, pass by pass and at once."""
+    x, passes, sizes = passes_of(cell, 3 if chained else 2, chained, **options)
+    want = one_by_one(CPU, x, passes, sizes, cell, chained)
+    alone = one_by_one(DEVICE, x, passes, sizes, cell, chained)
+    together = at_once(DEVICE, x, passes, sizes, cell, chained)
+    for found in (alone, together):
+        close(found[0], want[0])
+        close(found[1], want[1])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("chained", [False, True], ids=["directions", "layers"])
+def test_projection(chained: bool, packed: bool) -> None:
+    x, passes, sizes = passes_of(0, 2, chained, proj=True, packed=packed)
+    want = one_by_one(CPU, x, passes, sizes, 0, chained)
+    for how in (one_by_one, at_once):
+        found = how(DEVICE, x, passes, sizes, 0, chained)
+        close(found[0], want[0])
+        close(found[1], want[1])
+
+
+@pytest.mark.parametrize("cell", [0, 1, 4], ids=["lstm", "gru", "indrnn_tanh"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("chained", [False, True], ids=["directions", "layers"])
+def test_any_order_of_the_streams_gives_the_same_bits(
+    cell: int, packed: bool, chained: bool
+) -> None:
+    """The device runs its streams in an order of its own: only events hold it back. A result that
+    depends on the order is a missing event."""
+    x, passes, sizes = passes_of(cell, 4 if chained else 2, chained, packed=packed)
+    first = None
+    for seed in range(25):
+        DEVICE.set(SEED, seed)
+        found = at_once(DEVICE, x, passes, sizes, cell, chained)
+        assert DEVICE.cuda_last_run(3) == len(passes), "a stream each"
+        bits = [t for side in found for t in side]
+        first = first or bits
+        assert all(tolerance.same_bits(a, b) for a, b in zip(bits, first, strict=True)), seed
+
+
+# --------------------------------------------------------------------------- launches and errors
+
+
+@pytest.mark.parametrize("launch", [0, 1], ids=_cuda.LAUNCHES)
+def test_launches_a_step(launch: int) -> None:
+    """A kernel a step beside its product; a recurrence without one takes all steps at once."""
+    DEVICE.cuda_set(LAUNCH, launch)
+    for cell, steps in ((0, 37), (1, 37), (4, 1)):
+        x, (p,), _ = passes_of(cell, 1, False, reset=False)
+        *t, reset = p.values()
+        DEVICE.forward(x, *t, None, reset, None, cell, False, False)
+        assert DEVICE.launches(0) == steps
+        # what follows a product may be launched before that has ended
+        assert DEVICE.launches(1) == (steps if launch == 1 and steps > 1 else 0)
+        assert DEVICE.cuda_last_run(2) == launch
+
+
+@pytest.mark.parametrize("after", [0, 1, 20])
+@pytest.mark.parametrize("chained", [False, True], ids=["directions", "layers"])
+def test_a_failed_launch_is_told(after: int, chained: bool) -> None:
+    """Engine, kernel, cell, dtype and shape; and the next call is none the worse."""
+    x, passes, sizes = passes_of(1, 2, chained, dtype=torch.float32)
+    DEVICE.set(LAUNCHES_LEFT, after)
+    words = (
+        r"rnnfast: the CUDA step engine failed in forward_steps \(gru, float32, "
+        r"T=37 B=3 I=4 H=5\): cudaErrorUnknown"
+    )
+    with pytest.raises(RuntimeError, match=words):
+        at_once(DEVICE, x, passes, sizes, 1, chained)
+    DEVICE.set(LAUNCHES_LEFT, -1)
+    at_once(DEVICE, x, passes, sizes, 1, chained)
+
+
+def test_an_old_device_is_refused() -> None:
+    x, (p,), _ = passes_of(0, 1, False)
+    *t, reset = p.values()
+    DEVICE.set(CAPABILITY, 75)
+    with pytest.raises(RuntimeError, match=r"compute capability 8.0 or higher, got 7.5"):
+        DEVICE.forward(x, *t, None, reset, None, 0, False, False)
+
+
+def test_packed_weights_are_refused() -> None:
+    x, (p,), _ = passes_of(0, 1, False)
+    *t, reset = p.values()
+    packed = CPU.pack(p["w_ih"], p["w_hh"], None, 0)
+    with pytest.raises(RuntimeError, match="packed weights are for the CPU engine"):
+        DEVICE.forward(x, *t, None, reset, packed, 0, False, False)
+
+
+def test_tf32_only_where_it_is_allowed() -> None:
+    """Products of float32 round to TF32 with the flag, and without it whatever the handle says."""
+    case = Case("lstm", 3, 4, 40, 64, torch.float32)
+    problem, ref, peer = cases.solved(case)
+    tolerance.check(run(problem), peer, ref, case.dtype)
+    DEVICE.cuda_set(TF32, 1)
+    error = tolerance.biggest(run(problem)["y"].double() - ref["y"])
+    assert 1e-5 < error < 1e-2
+    for field, value in ((0, 2), (1, 2), (2, 0)):
+        with pytest.raises(RuntimeError, match="rnnfast: cuda_set needs field 0"):
+            DEVICE.cuda_set(field, value)
+
+
+def test_double_precision_ignores_the_flag() -> None:
+    DEVICE.cuda_set(TF32, 1)
+    case = Case("gru", 3, 4, 16, 17, torch.float64)
+    problem, ref, peer = cases.solved(case)
+    tolerance.check(run(problem), peer, ref, case.dtype)
+
+
+# --------------------------------------------------------------------------- the choice
+
+
+LSTM, GRU = 0, 1
+# (cell, (T, B, I, H, P), itemsize, capability, count, chained, wish) -> (launch, streams, steps)
+CHOICES = [
+    ((LSTM, (100, 32, 512, 512, 512), 2, 90, 1, False, -1), ("plain", 1, 100)),
+    ((LSTM, (100, 32, 512, 512, 512), 2, 90, 1, False, 1), ("pdl", 1, 100)),
+    ((LSTM, (100, 32, 512, 512, 512), 2, 90, 1, False, 0), ("plain", 1, 100)),
+    # dependent launches came with compute capability 9.0
+    ((LSTM, (100, 32, 512, 512, 512), 2, 80, 1, False, 1), ("plain", 1, 100)),
+    # an input projection takes 512 MiB at most: of 16 bits it is kept in 32
+    ((LSTM, (1024, 256, 64, 2048, 2048), 2, 90, 1, False, -1), ("plain", 1, 64)),
+    ((LSTM, (1024, 256, 64, 2048, 2048), 4, 90, 1, False, -1), ("plain", 1, 64)),
+    ((LSTM, (1024, 256, 64, 2048, 2048), 8, 90, 1, False, -1), ("plain", 1, 32)),
+    ((GRU, (1024, 256, 64, 2048, 2048), 4, 90, 1, False, -1), ("plain", 1, 85)),
+    ((LSTM, (2, 2**20, 64, 512, 512), 4, 90, 1, False, -1), ("plain", 1, 1)),
+    ((LSTM, (100, 0, 64, 512, 512), 4, 90, 1, False, -1), ("plain", 1, 100)),
+    # both directions at the same time
+    ((GRU, (100, 16, 256, 256, 256), 4, 90, 2, False, -1), ("plain", 2, 100)),
+    # layers follow each other: 16 chunks, but of no fewer than 512 rows
+    ((LSTM, (1024, 64, 256, 256, 256), 2, 90, 4, True, -1), ("plain", 4, 64)),
+    ((LSTM, (1024, 1, 256, 256, 256), 2, 90, 4, True, -1), ("plain", 4, 512)),
+    ((LSTM, (160, 256, 256, 256, 256), 2, 90, 2, True, -1), ("plain", 2, 10)),
+    ((LSTM, (1, 64, 256, 256, 256), 2, 90, 4, True, -1), ("plain", 1, 1)),
+    ((LSTM, (64, 64, 256, 256, 256), 2, 90, 12, True, -1), ("plain", 8, 8)),
+]
+
+
+@pytest.mark.parametrize(("given", "wanted"), CHOICES)
+def test_choose_cuda(given: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
+    assert _cuda.choose(*given) == wanted
+
+
+def test_choose_cuda_refuses() -> None:
+    sizes = (10, 4, 8, 8, 8)
+    with pytest.raises(RuntimeError, match="capability 8.0 or higher, got 7.0"):
+        _cuda.choose(0, sizes, 4, 70)
+    with pytest.raises(RuntimeError, match="launch must be -1"):
+        _cuda.choose(0, sizes, 4, 90, launch=2)
+    with pytest.raises(RuntimeError, match="count must be in"):
+        _cuda.choose(0, sizes, 4, 90, count=0)
+    with pytest.raises(RuntimeError, match="field must be 0"):
+        CPU.choose_cuda(3, 90, -1, 1, False, 0, *sizes, 4)
