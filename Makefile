@@ -26,7 +26,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 BUILD_SOURCES := $(wildcard setup.py pyproject.toml CMakeLists.txt CMakePresets.json MANIFEST.in) \
 	$(shell find csrc cmake tests/cpp -type f 2>/dev/null)
-LINT_CPP = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+LINT_CPP = $$(find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # with the development module _core, which tests of the core need
 export RNNFAST_DEV ?= 1

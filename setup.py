@@ -1,9 +1,10 @@
 """Builds the libraries of rnnfast: finds torch, cmake, ninja and a compiler; CMake does the rest.
 
-Environment: RNNFAST_CUDA=auto|0|1 (auto: where nvcc is found), RNNFAST_CUDA_ARCHS (default 90a),
-RNNFAST_DEV=1 (also the development module _core, for the tests), RNNFAST_ISAS (default all; a list
-like avx512 builds those and portable only: a quick loop for development), RNNFAST_BUILD_DIR
-(default build/<kind>, kept, so that a rebuild is incremental).
+Environment: RNNFAST_CUDA=auto|0|1 (auto: where nvcc 12 or later is found), RNNFAST_CUDA_ARCHS
+(release: 8.0, 9.0a, 10.0 and PTX; or a list like 80,90a,100+PTX; default release, for development
+90a), RNNFAST_DEV=1 (also what only the tests load), RNNFAST_ISAS (default all; a list like avx512
+builds those and portable only: a quick loop for development), RNNFAST_BUILD_DIR (default
+build/<kind>, kept, so that a rebuild is incremental).
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class CMakeBuild(build_ext):
         if cuda not in ("auto", "0", "1"):
             stop(f"RNNFAST_CUDA must be auto, 0 or 1, got {cuda!r}")
         dev = os.environ.get("RNNFAST_DEV", "0") == "1"
+        archs = os.environ.get("RNNFAST_CUDA_ARCHS") or ("90a" if dev else "release")
         build = Path(
             os.environ.get("RNNFAST_BUILD_DIR", ROOT / "build" / ("dev" if dev else "release"))
         )
@@ -76,7 +78,7 @@ class CMakeBuild(build_ext):
             f"-DRNNFAST_OUT={out}",
             f"-DRNNFAST_ISAS={os.environ.get('RNNFAST_ISAS') or 'all'}",
             f"-DRNNFAST_CUDA={cuda}",
-            f"-DRNNFAST_CUDA_ARCHS={os.environ.get('RNNFAST_CUDA_ARCHS', '90a')}",
+            f"-DRNNFAST_CUDA_ARCHS={archs}",
             f"-DRNNFAST_DEV={'ON' if dev else 'OFF'}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]
@@ -99,7 +101,8 @@ class CMakeBuild(build_ext):
         return []
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / "rnnfast" / "_C.so")]
+        folder = Path(self.build_lib) / "rnnfast"
+        return [str(path) for path in (folder / "_C.so", folder / "_C_cuda.so") if path.exists()]
 
 
 class StableWheel(bdist_wheel):

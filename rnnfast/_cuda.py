@@ -11,6 +11,8 @@ from ._library import cuda_load_error
 LAUNCHES = ("plain", "pdl")
 
 _native = torch.ops.rnnfast
+# the flag as the operators know it
+_tf32 = False
 
 
 def loaded() -> bool:
@@ -33,8 +35,11 @@ def why_not() -> str:
 def heed_flags() -> None:
     """Take over torch's flag for TF32 in recurrent layers: nn.LSTM's own, so that the same model
     has the same precision. Called before the operators, which can't read it."""
+    global _tf32
     allowed = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    _native.cuda_set(0, int(allowed))
+    if allowed is not _tf32:
+        _native.cuda_set(0, int(allowed))
+        _tf32 = allowed
 
 
 def set_launch(launch: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 sys.path.append(str(HERE.parent))  # bench; last, so that an installed rnnfast is the one tested
 EXPECTED_SKIPS = HERE / "expected_skips.txt"
+# Where tests marked cuda run: "cuda", or, to try out the tests themselves without a GPU, "cpu".
+# Then the CUDA engine on a device of loops (on_host.py) stands in for those that `device` serves.
+CUDA_TESTS_ON = os.environ.get("RNNFAST_CUDA_TESTS_ON", "cuda")
+WITHOUT_CUDA = "the CUDA engine can't run here"  # the user property of a test that is skipped so
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,10 +36,70 @@ def _clean_slate() -> Iterator[None]:
         sys.modules["rnnfast"].use_engine("auto")
 
 
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Where a test of the CUDA engine puts its tensors."""
+    if CUDA_TESTS_ON == "cuda":
+        yield torch.device("cuda")
+        return
+    import on_host
+
+    on_host.stand_in(monkeypatch)
+    on_host.fill_fresh_memory(0x01)
+    yield torch.device("cpu")
+    on_host.fill_fresh_memory(0)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """As ``device``, for what only a real one has."""
+    return torch.device("cuda")
+
+
+def why_not_cuda(fixtures: Iterable[str] = ()) -> str:
+    """Why tests marked cuda are skipped; a device without the engine is no reason, but a fault."""
+    if CUDA_TESTS_ON == "cpu":
+        return "a real device is needed" if "cuda" in fixtures else ""
+    if torch.cuda.is_available():
+        return ""
+    from rnnfast import _cuda
+
+    return _cuda.why_not()
+
+
+# Not first: a test that is skipped for another reason, too, is not excused by this one.
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is None:
+        return
+    why = why_not_cuda(getattr(item, "fixturenames", ()))
+    if why:
+        item.user_properties.append((WITHOUT_CUDA, why))
+        pytest.skip(f"{WITHOUT_CUDA}: {why}")
+    if CUDA_TESTS_ON == "cuda":
+        import rnnfast
+        from rnnfast import _cuda
+
+        if "cuda" not in rnnfast.engines():
+            pytest.fail(f"torch has a CUDA device, and the engine is missing: {_cuda.why_not()}")
+
+
+def _lines() -> list[str]:
+    lines = EXPECTED_SKIPS.read_text(encoding="utf-8").splitlines()
+    return [text for line in lines if (text := line.split("#")[0].strip())]
+
+
 def _listed() -> set[str]:
     """Ids of the tests that may be skipped, one a line; # starts a comment, ? is for machines."""
-    lines = EXPECTED_SKIPS.read_text(encoding="utf-8").splitlines()
-    return {line.split("#")[0].strip() for line in lines} - {""}
+    return {line for line in _lines() if "=" not in line.split("::")[0]}
+
+
+def cuda_tests_listed() -> int:
+    """How many tests are marked cuda, by the line ``cuda = NUMBER``."""
+    for line in _lines():
+        name, _, number = line.partition("=")
+        if name.strip() == "cuda":
+            return int(number)
+    return 0
 
 
 def expected_skips() -> set[str]:
@@ -50,34 +115,60 @@ def _relative(nodeid: str) -> str:
     return nodeid.split("tests/")[-1]
 
 
-def _selected_all(session: pytest.Session) -> bool:
-    """True when nothing narrowed the run: then an unused entry of the list is known to be so."""
+def _selected_all(session: pytest.Session, marker: str = "") -> bool:
+    """True when nothing but ``-m marker`` narrowed the run: then an unused entry of the list is
+    known to be so."""
     option = session.config.option
     paths = {Path(arg).resolve() for arg in session.config.args}
-    return not (option.keyword or option.markexpr or getattr(option, "lf", False)) and (
-        paths <= {HERE, HERE.parent}
+    return (
+        not (option.keyword or getattr(option, "lf", False))
+        and option.markexpr in ("", marker)
+        and paths <= {HERE, HERE.parent}
     )
 
 
 class SkipLedger:
-    """Fails the run when a test is skipped without leave, or an entry of the list is not used."""
+    """Fails the run when a test is skipped without leave, or an entry of the list is not used; and
+    when tests marked cuda, which only few machines run, became fewer or more unsaid."""
 
     def __init__(self) -> None:
         self.skipped: set[str] = set()
+        self.without_cuda: dict[str, str] = {}  # the reason
+        self.cuda_tests: set[str] = set()  # collected
 
     def unexpected(self) -> set[str]:
-        return self.skipped - expected_skips()
+        return self.skipped - expected_skips() - self.without_cuda.keys()
 
     def stale(self) -> set[str]:
         return skipped_everywhere() - self.skipped
+
+    def cuda_miscounted(self, session: pytest.Session) -> str:
+        """What is wrong with the number of tests marked cuda; empty if nothing."""
+        listed = cuda_tests_listed()
+        workers = getattr(session.config.option, "numprocesses", None)  # of xdist: they collect
+        if len(self.cuda_tests) == listed or workers or not _selected_all(session, "cuda"):
+            return ""
+        return (
+            f"MARKED cuda: {len(self.cuda_tests)} tests, not the {listed} "
+            "of tests/expected_skips.txt (cuda = ...)"
+        )
 
 
 LEDGER = SkipLedger()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    name = _relative(report.nodeid)
     if report.skipped and not hasattr(report, "wasxfail"):
-        LEDGER.skipped.add(_relative(report.nodeid))
+        LEDGER.skipped.add(name)
+        LEDGER.without_cuda |= {
+            name: str(v) for k, v in report.user_properties if k == WITHOUT_CUDA
+        }
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is not None:
+        LEDGER.cuda_tests.add(_relative(item.nodeid))
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
@@ -89,7 +180,11 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if session.config.option.collectonly or os.environ.get("PYTEST_XDIST_WORKER"):
         return
-    wrong = LEDGER.unexpected() or (_selected_all(session) and LEDGER.stale())
+    wrong = (
+        LEDGER.unexpected()
+        or (_selected_all(session) and LEDGER.stale())
+        or LEDGER.cuda_miscounted(session)
+    )
     if wrong and exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -100,9 +195,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"SKIPPED WITHOUT LEAVE: {name} (not in tests/expected_skips.txt)", red=True
         )
+    for why, count in Counter(LEDGER.without_cuda.values()).items():
+        terminalreporter.write_line(
+            f"{count} tests of the CUDA engine did not run: {why}", yellow=True
+        )
     session = getattr(terminalreporter, "_session", None)
-    if session is not None and not config.option.collectonly and _selected_all(session):
+    if session is None or config.option.collectonly:
+        return
+    if _selected_all(session):
         for name in sorted(LEDGER.stale()):
             terminalreporter.write_line(
                 f"NO LONGER SKIPPED: {name} (take it off tests/expected_skips.txt)", red=True
             )
+    if miscounted := LEDGER.cuda_miscounted(session):
+        terminalreporter.write_line(miscounted, red=True)

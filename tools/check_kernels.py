@@ -1,0 +1,89 @@
+"""Reads ptxas's report from the log of a build: ``cmake --build ... | tee LOG; check_kernels.py LOG``.
+
+Every kernel that the engine has must be there, for every cell and dtype, without spills and stack,
+and with registers for at least four blocks a multiprocessor (three with float64).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+CELLS = {
+    "lstm": "LstmCell",
+    "gru": "GruCell",
+    "rnn_tanh": "RnnCell<Tanh, dense>",
+    "rnn_relu": "RnnCell<Relu, dense>",
+    "indrnn_tanh": "RnnCell<Tanh, diagonal>",
+    "indrnn_relu": "RnnCell<Relu, diagonal>",
+}
+DTYPES = ("float", "double", "Float16", "BFloat16")
+# Of the 65,536 that a multiprocessor has, for blocks of 256 threads.
+MOST_REGISTERS, MOST_WITH_DOUBLE = 64, 80
+
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def expected() -> set[str]:
+    steps = {
+        f"{kernel}<{cell}, {dtype}>"
+        for kernel in ("forward_steps", "backward_steps")
+        for cell in CELLS.values()
+        for dtype in DTYPES
+    }
+    rows = {
+        f"{kernel}<{dtype}>"
+        for kernel in ("gather_projected", "sum_slices", "sum_parts")
+        for dtype in DTYPES
+    }
+    wide = {"double": "double"}
+    return steps | rows | {f"copy_rows<{wide.get(dtype, 'float')}, {dtype}>" for dtype in DTYPES}
+
+
+def plain(demangled: str) -> str:
+    """The name and its arguments, without namespaces and casts."""
+    text = re.sub(r"(rnnfast|cuda|\(anonymous namespace\)|_GLOBAL__N__\w+)::", "", demangled)
+    text = re.sub(r"\(Recurrence\)0", "dense", re.sub(r"\(Recurrence\)1", "diagonal", text))
+    found = re.search(r"(\w+<.*>)\(", text)
+    return found.group(1) if found else text
+
+
+def main(log: Path) -> int:
+    found = [match.groupdict() for match in ENTRY.finditer(log.read_text())]
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(f["name"] for f in found), capture_output=True, text=True
+    ).stdout.splitlines()
+    faults, seen, archs = [], {}, {f["arch"] for f in found}
+    for entry, name in zip(found, map(plain, names), strict=True):
+        seen.setdefault(entry["arch"], set()).add(name)
+        what = f"{name} on {entry['arch']}"
+        if any(int(entry[key]) for key in ("stack", "stores", "loads")):
+            faults.append(
+                f"{what}: {entry['stack']} bytes of stack, spills of {entry['stores']} and "
+                f"{entry['loads']} bytes"
+            )
+        most = MOST_WITH_DOUBLE if "double" in name else MOST_REGISTERS
+        if int(entry["registers"]) > most:
+            faults.append(f"{what}: {entry['registers']} registers, {most} allowed")
+    if not archs:
+        faults.append(f"{log} holds no report of ptxas: build anew, with -Xptxas=-v")
+    for arch, kernels in seen.items():
+        faults += [f"{name} is missing for {arch}" for name in sorted(expected() - kernels)]
+        faults += [f"{name} is not on the list" for name in sorted(kernels - expected())]
+    most = max((int(entry["registers"]) for entry in found), default=0)
+    print(
+        "\n".join(faults)
+        or f"{len(found)} kernels for {', '.join(sorted(archs))}: no spills, at most {most} registers"
+    )
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
