@@ -161,9 +161,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     name = _relative(report.nodeid)
     if report.skipped and not hasattr(report, "wasxfail"):
         LEDGER.skipped.add(name)
-        LEDGER.without_cuda |= {
-            name: str(v) for k, v in report.user_properties if k == WITHOUT_CUDA
-        }
+        why = dict(report.user_properties).get(WITHOUT_CUDA)
+        if why is not None:
+            LEDGER.without_cuda[name] = str(why)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

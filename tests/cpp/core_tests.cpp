@@ -3,29 +3,17 @@
 // instruction sets and kernels, backward with finite differences, one thread with two bit for bit.
 #include <cmath>
 #include <cstdio>
-#include <cstring>
-#include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "core/cell_info.h"
 #include "cpu/dispatch.h"
 #include "cpu/processors.h"
+#include "layers.h"
 
 using namespace rnnfast;
 
 namespace {
-
-int failures = 0, checks = 0;
-
-void check(bool good, const std::string& what) {
-  ++checks;
-  if (!good) {
-    ++failures;
-    std::printf("FAILED: %s\n", what.c_str());
-  }
-}
 
 void thread_per_part(int count, void (*run)(long, long, void*), void* context) {
   std::vector<std::thread> threads;
@@ -38,83 +26,6 @@ void thread_per_part(int count, void (*run)(long, long, void*), void* context) {
 // call does: the team must notice and work alone.
 void one_thread(int count, void (*run)(long, long, void*), void* context) {
   run(0, count, context);
-}
-
-using Values = std::vector<double>;
-
-struct Layer {
-  int cell;
-  int64_t T, B, I, H, P;
-  bool reverse;
-  std::vector<int64_t> batch_sizes, offsets;
-  std::vector<uint8_t> reset;
-  Values x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr;
-
-  Layer(int cell_id, int64_t t, int64_t b, int64_t i, int64_t h, int64_t p, bool uneven,
-        bool backwards)
-      : cell(cell_id), T(t), B(b), I(i), H(h), P(p ? p : h), reverse(backwards) {
-    const CellInfo& info = cell_info(cell);
-    std::mt19937 random(1);
-    std::uniform_real_distribution<double> uniform(-0.5, 0.5);
-    const auto fill = [&](Values& values, int64_t size) {
-      values.resize(size);
-      for (double& v : values) v = uniform(random);
-    };
-    int64_t rows = T * B;
-    if (uneven) {
-      offsets.push_back(0);
-      for (int64_t s = 0; s < T; ++s) {
-        batch_sizes.push_back(std::max<int64_t>(1, B - s * B / T));
-        offsets.push_back(offsets.back() + batch_sizes.back());
-      }
-      rows = offsets.back();
-    }
-    fill(x, rows * I);
-    fill(h0, B * P);
-    fill(c0, (info.states - 1) * B * H);
-    fill(w_ih, info.gates * H * I);
-    fill(w_hh, info.diagonal ? H : info.gates * H * P);
-    fill(b_ih, info.gates * H);
-    fill(b_hh, info.gates * H);
-    if (p) fill(w_hr, P * H);
-  }
-
-  // Every third row starts anew: some at every step, and some at the first.
-  Layer with_resets() const {
-    Layer layer = *this;
-    layer.reset.resize(rows());
-    for (int64_t row = 0; row < rows(); ++row) layer.reset[row] = row % 3 == 1;
-    return layer;
-  }
-  int64_t rows() const { return static_cast<int64_t>(x.size()) / I; }
-  int64_t planes() const {
-    const CellInfo& info = cell_info(cell);
-    return info.saved + info.states - 1 + (w_hr.empty() ? 0 : 1);
-  }
-  void fill(LayerArgs<double>& args) const {
-    args.seq_len = T, args.batch = B, args.input_size = I, args.hidden_size = H,
-    args.output_size = P, args.rows = rows();
-    args.batch_sizes = batch_sizes.empty() ? nullptr : batch_sizes.data();
-    args.offsets = batch_sizes.empty() ? nullptr : offsets.data();
-    args.reverse = reverse;
-    args.reset = reset.empty() ? nullptr : reset.data();
-    args.x = {x.data(), B * I, I};
-    args.h0 = h0.data(), args.c0 = c0.data(), args.w_ih = w_ih.data(), args.w_hh = w_hh.data();
-    args.b_ih = b_ih.data(), args.b_hh = b_hh.data(),
-    args.w_hr = w_hr.empty() ? nullptr : w_hr.data();
-  }
-};
-
-struct Outputs {
-  Values y, h_n, c_n, saved;
-};
-
-ForwardArgs<double> forward_args(const Layer& layer, Outputs& out) {
-  ForwardArgs<double> args{};
-  layer.fill(args);
-  args.y = out.y.data(), args.h_n = out.h_n.data(), args.c_n = out.c_n.data(),
-  args.saved = out.saved.data();
-  return args;
 }
 
 Outputs forward(const Layer& layer, const Threads& threads) {
@@ -135,43 +46,6 @@ double loss(const Layer& layer) {
   const Outputs out = forward(layer, {1, nullptr});
   return sum(out.y) + sum(out.h_n) + sum(out.c_n);
 }
-Values weights_of_sum(size_t size) {
-  Values values(size);
-  for (size_t i = 0; i < size; ++i) values[i] = std::sin(1.0 + static_cast<double>(i % 17));
-  return values;
-}
-
-struct Gradients {
-  Values x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr;
-};
-
-Gradients room(const Layer& layer) {
-  return {Values(layer.x.size()),    Values(layer.h0.size()),   Values(layer.c0.size()),
-          Values(layer.w_ih.size()), Values(layer.w_hh.size()), Values(layer.b_ih.size()),
-          Values(layer.b_hh.size()), Values(layer.w_hr.size())};
-}
-
-struct Cotangents {
-  Values dy, dh, dc;
-  explicit Cotangents(const Outputs& out)
-      : dy(weights_of_sum(out.y.size())),
-        dh(weights_of_sum(out.h_n.size())),
-        dc(weights_of_sum(out.c_n.size())) {}
-};
-
-BackwardArgs<double> backward_args(const Layer& layer, const Outputs& out, const Cotangents& from,
-                                   const Values& dy, Gradients& g) {
-  BackwardArgs<double> args{};
-  layer.fill(args);
-  args.dy = {dy.data(), layer.B * layer.P, layer.P};
-  args.dh_n = from.dh.data(), args.dc_n = from.dc.data(), args.y = out.y.data(),
-  args.saved = out.saved.data();
-  args.dx = g.x.data(), args.dh0 = g.h0.data(), args.dc0 = g.c0.data(), args.dw_ih = g.w_ih.data();
-  args.dw_hh = g.w_hh.data(), args.db_ih = g.b_ih.data(), args.db_hh = g.b_hh.data();
-  args.dw_hr = layer.w_hr.empty() ? nullptr : g.w_hr.data();
-  return args;
-}
-
 Gradients backward(const Layer& layer, const Outputs& out, const Threads& threads,
                    const Values* dy = nullptr) {
   Gradients g = room(layer);
@@ -179,16 +53,6 @@ Gradients backward(const Layer& layer, const Outputs& out, const Threads& thread
   run_backward(active_isa(), layer.cell, backward_args(layer, out, from, dy ? *dy : from.dy, g),
                threads);
   return g;
-}
-
-bool near(const Values& a, const Values& b, double tolerance) {
-  for (size_t i = 0; i < a.size(); ++i)
-    if (!(std::fabs(a[i] - b[i]) <= tolerance)) return false;
-  return a.size() == b.size();
-}
-bool same_bits(const Values& a, const Values& b) {
-  return a.size() == b.size() &&
-         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
 }
 
 void check_gradient(Layer layer, Values Layer::* member, const Values& gradient,
