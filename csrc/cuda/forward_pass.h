@@ -73,7 +73,6 @@ class ForwardPass {
     p.c_n = args_.c_n;
     p.planes = Cell::kSaved + Cell::kStates - 1 + (args_.w_hr ? 1 : 0);
     p.saved = args_.saved ? args_.saved + rows.first_row * p.planes * H : nullptr;
-    p.wide_h = kWideH;
     p.projected = args_.w_hr != nullptr;
     stage.launch("forward_steps", forward_steps<Cell, scalar_t>, p, rows.rows, H, product);
     if (args_.w_hr) project(stage, rows);
@@ -85,8 +84,7 @@ class ForwardPass {
 
  private:
   static constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
-  // y rounds h, which is then carried beside it where the next state needs it.
-  static constexpr bool kWideH = !std::is_same_v<acc_t, scalar_t> && (kDiagonal || Cell::kReadsH);
+  static constexpr bool kWideH = ForwardUnit<Cell, scalar_t>::kWideH;
 
   // gh = h w_hh^T of the rows that have an h: from y of the step before, and from h0.
   bool multiply(Stage& stage, const StepRows& rows, const scalar_t* before) {

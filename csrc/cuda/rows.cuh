@@ -19,7 +19,8 @@ struct CopyRows {
 };
 
 template <class from_t, class to_t>
-__global__ void __launch_bounds__(kThreads) copy_rows(const CopyRows<from_t, to_t> p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<to_t>)
+    copy_rows(const CopyRows<from_t, to_t> p) {
   const int64_t column = first_column();
   wait_for_launch_before();
   if (column >= p.columns) return;
@@ -42,7 +43,8 @@ struct SumRows {
 };
 
 template <class scalar_t>
-__global__ void __launch_bounds__(kThreads) sum_slices(const SumRows<scalar_t> p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
+    sum_slices(const SumRows<scalar_t> p) {
   using acc_t = accumulator_of<scalar_t>;
   const int64_t column = first_column(), slices = (p.rows + p.slice - 1) / p.slice;
   wait_for_launch_before();
@@ -61,7 +63,8 @@ __global__ void __launch_bounds__(kThreads) sum_slices(const SumRows<scalar_t> p
 }
 
 template <class scalar_t>
-__global__ void __launch_bounds__(kThreads) sum_parts(const SumRows<scalar_t> p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
+    sum_parts(const SumRows<scalar_t> p) {
   using acc_t = accumulator_of<scalar_t>;
   const int64_t column = first_column(), slices = (p.rows + p.slice - 1) / p.slice;
   wait_for_launch_before();

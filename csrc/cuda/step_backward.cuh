@@ -37,7 +37,8 @@ struct BackwardSteps {
 };
 
 template <class Cell, class scalar_t>
-__global__ void __launch_bounds__(kThreads) backward_steps(const BackwardSteps<scalar_t> p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
+    backward_steps(const BackwardSteps<scalar_t> p) {
   using acc_t = accumulator_of<scalar_t>;
   constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
   constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
@@ -143,7 +144,8 @@ struct ProjectedStep {
 };
 
 template <class scalar_t>
-__global__ void __launch_bounds__(kThreads) gather_projected(const ProjectedStep<scalar_t> p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
+    gather_projected(const ProjectedStep<scalar_t> p) {
   using acc_t = accumulator_of<scalar_t>;
   const int64_t column = first_column(), P = p.outputs;
   wait_for_launch_before();

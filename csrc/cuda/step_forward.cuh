@@ -4,6 +4,8 @@
 // has no product and takes all steps with the same rows in one launch, its state in registers.
 #pragma once
 
+#include <type_traits>
+
 #include "../cells/cell.h"
 #include "threads.cuh"
 
@@ -32,105 +34,136 @@ struct ForwardSteps {
   scalar_t *y, *h_n, *c_n;   // y: (rows, H), or (rows, H) of h before the projection
   acc_t* saved;              // (rows, planes, H), or null
   int64_t planes;
-  bool wide_h;     // h is carried in full precision, too
   bool projected;  // y holds h before the projection, and saved has it, too
 };
 
+// What a thread has in registers: one unit of one row.
 template <class Cell, class scalar_t>
-__global__ void __launch_bounds__(kThreads) forward_steps(const ForwardSteps<scalar_t> p) {
+struct ForwardUnit {
   using acc_t = accumulator_of<scalar_t>;
-  constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
-  constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
-  // Steps of a diagonal recurrence whose gx is asked for at the same time: the loads do not depend
-  // on each other, the steps do.
-  constexpr int kAhead = kDiagonal ? 8 : 1;
-  const int64_t unit = first_column();
-  const int64_t H = p.hidden;
-  // Everything that this kernel reads is written before it, the product by the launch just before.
-  wait_for_launch_before();
-  if (unit >= H) return;
-  acc_t b_ih[G], b_hh[G];
-  RNNFAST_UNROLL
-  for (int g = 0; g < G; ++g) {
-    b_ih[g] = p.b_ih ? widen(p.b_ih[g * H + unit]) : acc_t{};
-    b_hh[g] = p.b_hh ? widen(p.b_hh[g * H + unit]) : acc_t{};
-  }
-  const acc_t u = kDiagonal ? widen(p.u[unit]) : acc_t{};
+  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
+  static constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
+  // y rounds h, which is then carried beside it where the next state needs it.
+  static constexpr bool kWideH = !std::is_same_v<acc_t, scalar_t> && (kDiagonal || Cell::kReadsH);
 
-  for (int64_t row = first_row(); row < p.rows; row += row_stride()) {
-    // The state that enters: of the step before, or the initial one.
+  const ForwardSteps<scalar_t>& p;
+  int64_t row, unit;
+  acc_t b_ih[G], b_hh[G], u, state[S];
+
+  __device__ ForwardUnit(const ForwardSteps<scalar_t>& steps, int64_t column)
+      : p(steps), row(0), unit(column), u(kDiagonal ? widen(p.u[unit]) : acc_t{}) {
+    RNNFAST_UNROLL
+    for (int g = 0; g < G; ++g) {
+      b_ih[g] = p.b_ih ? widen(p.b_ih[g * p.hidden + unit]) : acc_t{};
+      b_hh[g] = p.b_hh ? widen(p.b_hh[g * p.hidden + unit]) : acc_t{};
+    }
+  }
+
+  __device__ void load_gx(int64_t step, acc_t (&gx)[G]) const {
+    const acc_t* from = p.gx + (step * p.row_step + row) * G * p.hidden + unit;
+    RNNFAST_UNROLL
+    for (int g = 0; g < G; ++g) gx[g] = from[g * p.hidden] + b_ih[g];
+  }
+
+  // The state that enters: of the step before, or the initial one.
+  __device__ void load_state() {
+    const int64_t at = row * p.hidden + unit;
     const bool carried = row < p.carried;
-    acc_t state[S];
     state[0] = acc_t{};
     if (kDiagonal || Cell::kReadsH) {
-      if (!carried)
-        state[0] = p.h0 ? widen(p.h0[row * H + unit]) : acc_t{};
-      else if (p.wide_h)
-        state[0] = p.carry[(S - 1) * p.carry_plane + row * H + unit];
-      else
-        state[0] = widen(p.h_before[row * H + unit]);
+      const scalar_t* from = carried ? p.h_before : p.h0;
+      if (kWideH && carried)
+        state[0] = p.carry[(S - 1) * p.carry_plane + at];
+      else if (from)
+        state[0] = widen(from[at]);
     }
     RNNFAST_UNROLL
     for (int s = 1; s < S; ++s) {
-      const int64_t at = (s - 1) * p.carry_plane + row * H + unit;
-      state[s] = carried ? p.carry[at] : p.c0 ? widen(p.c0[at]) : acc_t{};
+      const int64_t plane = (s - 1) * p.carry_plane;
+      state[s] = carried ? p.carry[plane + at] : p.c0 ? widen(p.c0[plane + at]) : acc_t{};
     }
+  }
 
-    for (int64_t step = 0; step < p.steps; step += kAhead) {
-      const int64_t count = p.steps - step < kAhead ? p.steps - step : kAhead;
-      acc_t gx[kAhead][G];
+  __device__ void take(int64_t step, const acc_t (&gx)[G]) {
+    const int64_t at = step * p.row_step + row, H = p.hidden;
+    // A row that starts anew has zeros for its state, and so for its product.
+    const bool anew = p.reset && p.reset[at];
+    if (anew) {
       RNNFAST_UNROLL
-      for (int k = 0; k < kAhead; ++k) {
-        const acc_t* from = p.gx + ((step + k) * p.row_step + row) * G * H + unit;
+      for (int s = 0; s < S; ++s) state[s] = acc_t{};
+    }
+    acc_t gh[G];
+    RNNFAST_UNROLL
+    for (int g = 0; g < G; ++g) {
+      if constexpr (kDiagonal)
+        gh[g] = u * state[0] + b_hh[g];
+      else
+        gh[g] = row < p.products && !anew ? p.gh[(row * G + g) * H + unit] + b_hh[g] : b_hh[g];
+    }
+    acc_t saved[at_least_one<K>] = {};
+    Cell::forward(gx, gh, state, saved);
+
+    narrow(state[0], p.y[at * H + unit]);
+    if (!p.saved) return;
+    acc_t* to = p.saved + at * p.planes * H + unit;
+    RNNFAST_UNROLL
+    for (int j = 0; j < K; ++j) to[j * H] = saved[j];
+    RNNFAST_UNROLL
+    for (int s = 1; s < S; ++s) to[(K + s - 1) * H] = state[s];
+    if (p.projected) to[(K + S - 1) * H] = state[0];
+  }
+
+  // The state that leaves: to the next step, or out.
+  __device__ void store_state() const {
+    const int64_t at = row * p.hidden + unit;
+    const bool ends = row >= p.ends_from;
+    RNNFAST_UNROLL
+    for (int s = 1; s < S; ++s) {
+      const int64_t plane = (s - 1) * p.carry_plane;
+      if (ends)
+        narrow(state[s], p.c_n[plane + at]);
+      else
+        p.carry[plane + at] = state[s];
+    }
+    if (ends) {
+      if (p.h_n) narrow(state[0], p.h_n[at]);
+    } else if (kWideH) {
+      p.carry[(S - 1) * p.carry_plane + at] = state[0];
+    }
+  }
+};
+
+template <class Cell, class scalar_t>
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
+    forward_steps(const ForwardSteps<scalar_t> p) {
+  using Unit = ForwardUnit<Cell, scalar_t>;
+  using acc_t = accumulator_of<scalar_t>;
+  // Steps of a diagonal recurrence whose gx is asked for at the same time: the loads do not depend
+  // on each other, the steps do.
+  constexpr int kAhead = Unit::kDiagonal ? 4 : 1;
+  const int64_t column = first_column();
+  // Everything that this kernel reads is written before it, the product by the launch just before.
+  wait_for_launch_before();
+  if (column >= p.hidden) return;
+  Unit unit(p, column);
+  for (unit.row = first_row(); unit.row < p.rows; unit.row += row_stride()) {
+    unit.load_state();
+    int64_t step = 0;
+    if constexpr (kAhead > 1) {
+      for (; step + kAhead <= p.steps; step += kAhead) {
+        acc_t gx[kAhead][Unit::G];
         RNNFAST_UNROLL
-        for (int g = 0; g < G; ++g) gx[k][g] = k < count ? from[g * H] + b_ih[g] : acc_t{};
-      }
-      RNNFAST_UNROLL
-      for (int k = 0; k < kAhead; ++k) {
-        if (k >= count) break;
-        const int64_t at = (step + k) * p.row_step + row;
-        // A row that starts anew has zeros for its state, and so for its product.
-        const bool anew = p.reset && p.reset[at];
-        if (anew) {
-          RNNFAST_UNROLL
-          for (int s = 0; s < S; ++s) state[s] = acc_t{};
-        }
-        acc_t gh[G];
+        for (int k = 0; k < kAhead; ++k) unit.load_gx(step + k, gx[k]);
         RNNFAST_UNROLL
-        for (int g = 0; g < G; ++g) {
-          if constexpr (kDiagonal)
-            gh[g] = u * state[0] + b_hh[g];
-          else
-            gh[g] =
-                row < p.products && !anew ? p.gh[row * G * H + g * H + unit] + b_hh[g] : b_hh[g];
-        }
-        acc_t saved[at_least_one<K>] = {};
-        Cell::forward(gx[k], gh, state, saved);
-
-        scalar_t h;
-        narrow(state[0], h);
-        p.y[at * H + unit] = h;
-        if (p.saved) {
-          acc_t* to = p.saved + at * p.planes * H + unit;
-          RNNFAST_UNROLL
-          for (int j = 0; j < K; ++j) to[j * H] = saved[j];
-          RNNFAST_UNROLL
-          for (int s = 1; s < S; ++s) to[(K + s - 1) * H] = state[s];
-          if (p.projected) to[(K + S - 1) * H] = state[0];
-        }
+        for (int k = 0; k < kAhead; ++k) unit.take(step + k, gx[k]);
       }
     }
-
-    // The state that leaves: to the next step, or out.
-    if (row >= p.ends_from) {
-      if (p.h_n) narrow(state[0], p.h_n[row * H + unit]);
-      RNNFAST_UNROLL
-      for (int s = 1; s < S; ++s) narrow(state[s], p.c_n[(s - 1) * p.carry_plane + row * H + unit]);
-    } else {
-      RNNFAST_UNROLL
-      for (int s = 1; s < S; ++s) p.carry[(s - 1) * p.carry_plane + row * H + unit] = state[s];
-      if (p.wide_h) p.carry[(S - 1) * p.carry_plane + row * H + unit] = state[0];
+    for (; step < p.steps; ++step) {
+      acc_t gx[Unit::G];
+      unit.load_gx(step, gx);
+      unit.take(step, gx);
     }
+    unit.store_state();
   }
 }
 
