@@ -21,13 +21,13 @@ _PAIRS: tuple[tuple[str, dict[str, object]], ...] = (
 )
 
 
-def _worst(name: str, options: dict[str, object], dtype: torch.dtype) -> float:
+def _worst(name: str, options: dict[str, object], dtype: torch.dtype, device: str) -> float:
     """Largest difference from torch.nn of outputs and gradients, relative to their size."""
-    plain = getattr(torch.nn, name)(17, 33, dtype=dtype, **options)
-    fast = getattr(rnnfast, name)(17, 33, dtype=dtype, **options)
+    plain = getattr(torch.nn, name)(17, 33, dtype=dtype, device=device, **options)
+    fast = getattr(rnnfast, name)(17, 33, dtype=dtype, device=device, **options)
     fast.load_state_dict(plain.state_dict())
     found = []
-    x = torch.randn(7, 3, 17, dtype=dtype)
+    x = torch.randn(7, 3, 17, dtype=dtype, device=device)
     for layer in (plain, fast):
         leaf = x.clone().requires_grad_()
         output, state = layer(leaf)
@@ -52,18 +52,21 @@ def main() -> int:
     print("self-check against torch.nn, outputs and gradients:")
     good = True
     torch.manual_seed(0)
-    for dtype, limit in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
+    kinds = [("cpu", torch.float32, 1e-4), ("cpu", torch.float64, 1e-10)]
+    if not why:  # torch allows TF32 there
+        kinds += [("cuda", torch.float32, 1e-2), ("cuda", torch.float64, 1e-10)]
+    for device, dtype, limit in kinds:
         for name, options in _PAIRS:
             try:
-                worst = _worst(name, options, dtype)
+                worst = _worst(name, options, dtype, device)
                 ok = worst <= limit
                 text = f"{worst:.1e}"
             except Exception as error:  # the check is there to report it
                 ok, text = False, f"{type(error).__name__}: {error}"
             good &= ok
             told = ", ".join(f"{key}={value}" for key, value in options.items())
-            label = f"{name}({told}) {str(dtype).removeprefix('torch.')}"
-            print(f"  {'ok  ' if ok else 'FAIL'}  {label:<62} {text}")
+            label = f"{device} {name}({told}) {str(dtype).removeprefix('torch.')}"
+            print(f"  {'ok  ' if ok else 'FAIL'}  {label:<66} {text}")
     return 0 if good else 1
 
 

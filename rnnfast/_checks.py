@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .cells import CellSpec
 
-# what the CPU engine computes in
+# what the engines compute in
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

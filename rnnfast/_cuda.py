@@ -12,7 +12,7 @@ LAUNCHES = ("plain", "pdl")
 
 _native = torch.ops.rnnfast
 # the flag as the operators know it
-_tf32 = False
+_tf32: bool | None = None
 
 
 def loaded() -> bool:
@@ -29,17 +29,41 @@ def why_not() -> str:
         return error
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    devices = range(torch.cuda.device_count())
+    return min((why_not_on(torch.device("cuda", i)) for i in devices), key=len, default="")
+
+
+@functools.cache
+def why_not_on(device: torch.device) -> str:
+    """Why it can't run on a device; empty if it can."""
+    error = cuda_load_error()
+    if error:
+        return error
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the CUDA engine needs compute capability 8.0 or higher, got {major}.{minor}"
     return ""
 
 
-def heed_flags() -> None:
-    """Take over torch's flag for TF32 in recurrent layers: nn.LSTM's own, so that the same model
-    has the same precision. Called before the operators, which can't read it."""
+def is_tf32_allowed() -> bool:
+    """torch's flag for TF32 in recurrent layers, nn.LSTM's own: the same model then has the same
+    precision."""
+    allowed: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return allowed == "tf32"
+
+
+# A graph of torch.compile takes the flag over when it is traced.
+@torch.compiler.assume_constant_result
+def heed_flags() -> bool:
+    """Take over torch's flag, which the operators can't read. Called before them."""
     global _tf32
-    allowed = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    allowed = is_tf32_allowed()
     if allowed is not _tf32:
         _native.cuda_set(0, int(allowed))
         _tf32 = allowed
+    return allowed
 
 
 def set_launch(launch: int) -> int:

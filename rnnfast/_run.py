@@ -136,14 +136,14 @@ def _check_engine(x: Tensor) -> None:
         return
     if engine.forced == "cpu":
         raise RuntimeError(f'rnnfast: the engine "cpu" was forced, got a tensor on {x.device}')
-    why = _cuda.why_not() if x.is_cuda else f"there is none for {x.device.type}"
+    why = _cuda.why_not_on(x.device) if x.is_cuda else f"there is none for {x.device.type}"
     if why:
         raise RuntimeError(
             f"rnnfast: no engine can run on {x.device}: {why}; "
             "move the tensors with .cpu(), run plain torch operators with "
             'rnnfast.use_engine("reference"), or go back to torch.nn with rnnfast.restore(model)'
         )
-    if not torch.compiler.is_compiling():
+    if x.is_cuda:
         _cuda.heed_flags()
 
 
@@ -386,9 +386,9 @@ def layer(
             expected = (num_layers * directions, batch, hidden_size)
             if c0.shape != expected:
                 _raise_size("hidden[1]", expected, c0)
-            if c0.dtype != dtype or c0.is_cpu is not on_cpu:
+            if c0.dtype != dtype or not (on_cpu and c0.is_cpu):
                 c0 = match_state(c0, weight, "hx[1]")
-        if h0.dtype != dtype or h0.is_cpu is not on_cpu:
+        if h0.dtype != dtype or not (on_cpu and h0.is_cpu):
             h0 = match_state(h0, weight, "hx[0]" if two_states else "hx")
         if sorted_indices is not None:
             h0 = h0.index_select(1, sorted_indices)
@@ -496,10 +496,10 @@ def cell(
     if w_ih.is_cpu is not on_cpu or not on_cpu:
         check_device(x, w_ih)
     if h is not None:
-        if h.dtype != dtype or h.is_cpu is not on_cpu:
+        if h.dtype != dtype or not (on_cpu and h.is_cpu):
             h = match_state(h, w_ih, "hx" if c is None else "hx[0]")
         if c is not None:
-            if c.dtype != dtype or c.is_cpu is not on_cpu:
+            if c.dtype != dtype or not (on_cpu and c.is_cpu):
                 c = match_state(c, w_ih, "hx[1]")
             c = c.unsqueeze(0)
     use_ref = use_reference(x, h, c, (w_ih, w_hh, b_ih, b_hh))

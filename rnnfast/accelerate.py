@@ -78,7 +78,7 @@ def _why_not(module: nn.Module) -> str | None:
         return f"its class {type(module).__name__} is derived from torch.nn's and may differ"
     for name, p in module.named_parameters(recurse=False):
         if not (p.is_cpu or p.is_meta):
-            why = _cuda.why_not() if p.is_cuda else f"there is none for {p.device.type}"
+            why = _cuda.why_not_on(p.device) if p.is_cuda else f"there is none for {p.device.type}"
             if why:
                 return f"{name} is on {p.device}, where no engine can run: {why}"
         if p.dtype not in DTYPES:
@@ -152,5 +152,7 @@ def restore(model: _Model) -> _Model:
         if module.__dict__.pop(_MARK, False) and type(module) in _PLAIN:
             module.__dict__.pop("_frozen", None)
             module.__class__ = _PLAIN[type(module)]
+            if isinstance(module, nn.RNNBase):
+                module.flatten_parameters()  # as cuDNN wants them; on the CPU it does nothing
             _log.info("restored %s: torch.nn.%s", name or "the model itself", type(module).__name__)
     return model

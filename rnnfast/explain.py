@@ -131,19 +131,22 @@ def _cuda_row(
     shape: str,
     spec: CellSpec,
     sizes: tuple[int, int, int, int, int],
-    itemsize: int,
+    dtype: torch.dtype,
     device: torch.device,
+    kept: str,
     beside: Beside | None,
 ) -> Row:
     """The row of a layer on a CUDA device."""
-    why = _cuda.why_not()
+    why = _cuda.why_not_on(device)
+    if kept:
+        why = f"{kept} is for the CPU engine"
     if why:
         return Row(name, shape, "none", "-", 0, "-", "-", f"no engine can run on {device}: {why}")
     major, minor = torch.cuda.get_device_capability(device)
     first = (*sizes[:2], sizes[2] if beside is None else beside.input_size, *sizes[3:])
     count, chained = (1, False) if beside is None else (beside.count, beside.chained)
     launch, streams, steps = _cuda.choose(
-        spec.id, first, itemsize, 10 * major + minor, count, chained, engine.wished_launch()
+        spec.id, first, dtype.itemsize, 10 * major + minor, count, chained, engine.wished_launch()
     )
     split = "-" if streams == 1 else "layers" if chained else "directions"
     if spec.diagonal:
@@ -155,6 +158,10 @@ def _cuda_row(
         + ("programmatic dependent" if launch == "pdl" else "plain")
         + (", forced by use_engine" if engine.launch_is_forced() else "")
     )
+    if dtype == torch.float32:
+        parts.append(
+            f"products in {'TF32' if _cuda.is_tf32_allowed() else 'float32'}, as nn.LSTM's"
+        )
     whole = steps >= sizes[0]
     parts.append(f"the input projection takes {'all' if whole else steps} steps at once")
     if streams > 1:
@@ -184,12 +191,11 @@ def _row(
         return Row(name, shape, "reference", *nothing, "forced by use_engine")
     if dtype not in (*DTYPES, torch.int8):
         return Row(name, shape, "none", *nothing, f"no engine for {dtype}: use float32, say")
-    tensors = torch.float32 if dtype == torch.int8 else dtype
-    itemsize = torch.empty((), dtype=tensors).element_size()
     if device.type == "cuda":
-        return _cuda_row(name, shape, spec, sizes, itemsize, device, beside)
+        return _cuda_row(name, shape, spec, sizes, dtype, device, kept, beside)
     if device.type not in ("cpu", "meta"):
         return Row(name, shape, "none", *nothing, f"there is no engine for {device.type}")
+    itemsize = (torch.float32 if dtype == torch.int8 else dtype).itemsize
     offered, packed = torch.get_num_threads(), bool(kept)
     isa, threads, ih, hh, split = engine.choose(spec.id, sizes, itemsize, offered, packed)
     beside_text = ""

@@ -196,7 +196,7 @@ def forward_backward(
         # batched gradients (is_grads_batched, vectorize=True): the kernel takes one at a time
         grads = _reference_backward((dy, dh_n, dc_n), tuple(inputs[:8]), inputs[8:], ctx, needed)
         return (*grads, *none[8:])
-    if inputs[0].is_cuda and not torch.compiler.is_compiling():
+    if inputs[0].is_cuda:
         _cuda.heed_flags()
     if not ctx.save:
         with torch.no_grad():

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "gpu_check.sh"
-STAGES = ["environment", "build", "tests", "memcheck", "racecheck", "exchanges", "bench"]
+STAGES = [
+    "environment",
+    "build",
+    "tests",
+    "memcheck",
+    "racecheck",
+    "initcheck",
+    "exchanges",
+    "bench",
+]
 MOST_FILES = 8
 
 # An exchanges program without the minute that nvcc takes.
@@ -115,7 +124,13 @@ def test_on_a_gpu_every_stage_is_asked_for_in_order(tmp_path: Path) -> None:
     assert [row["status"] for row in results["stages"]] == ["passed"] * len(STAGES)
     assert results["dry_run"] is False and results["gpu"] == "Stand-in GPU"
     calls = (tmp_path / "calls").read_text()
-    wanted = ["-m cuda ", "sanitizer --tool memcheck", "--tool racecheck", "bench compare"]
+    wanted = [
+        "-m cuda ",
+        "sanitizer --tool memcheck",
+        "--tool racecheck",
+        "--tool initcheck",
+        "bench compare",
+    ]
     places = [calls.index(word) for word in wanted]
     assert places == sorted(places)
     seconds = int(calls.split("--budget ")[1].split()[0])

@@ -3,7 +3,7 @@
 #
 #   tools/gpu_check.sh OUT_FOLDER [BUDGET_SECONDS=540]
 #
-# Stages: environment, build, tests, memcheck, racecheck, exchanges, bench. One that fails or takes too
+# Stages: environment, build, tests, memcheck, racecheck, initcheck, exchanges, bench. One that fails or takes too
 # long does not stop the next; half of the budget is kept for the bench. Wants Python with torch and
 # pytest, and no network: setuptools, cmake, ninja, nvcc and a C++ compiler build the package, unless its
 # libraries (rnnfast/*.so) were carried along and load here.
@@ -16,7 +16,7 @@
 # folder of wheels of what Python lacks, default tools/wheels), RNNFAST_CUDA_ARCHS (default 90a).
 set -u
 
-readonly all_stages="environment build tests memcheck racecheck exchanges bench"
+readonly all_stages="environment build tests memcheck racecheck initcheck exchanges bench"
 readonly most_files=8 # that OUT_FOLDER may hold
 readonly least=5      # seconds: a stage that would get less is left out
 readonly no_tests=5   # pytest's status when nothing was selected
@@ -58,8 +58,12 @@ gpu=""
 left() { echo $((budget - SECONDS)); }
 
 # bounded SECONDS COMMAND...: its status, or 124; in the background, so that a signal is heard at once.
+# What takes too long is interrupted as by a person, so that pytest still tells what has failed; a
+# background job would ignore that signal by default.
 bounded() {
-  timeout --kill-after=5 "$@" </dev/null &
+  local seconds=$1
+  shift
+  timeout --signal=INT --kill-after=20 "$seconds" env --default-signal=INT "$@" </dev/null &
   child=$!
   wait "$child"
   local code=$?
@@ -89,7 +93,7 @@ limit_of() {
   case $1 in
     environment | exchanges) [ "$seconds" -gt 60 ] && seconds=60 ;;
     tests) seconds=$((seconds * 3 / 5)) ;;
-    memcheck) seconds=$((seconds / 2)) ;;
+    memcheck | racecheck) seconds=$((seconds / 2)) ;;
   esac
   echo "$seconds"
 }
@@ -253,10 +257,10 @@ pytest_stage() {
     set_result "$([ -n "$gpu" ] && echo failed || echo dry)" "pytest is missing, and no wheels are in $wheels"
     return
   fi
-  # The options of pyproject.toml may name what is not here; tests of the core want a development
-  # build and no GPU.
-  bounded "$limit" "$@" -m pytest -q -m "$marker" tests --ignore=tests/test_core.py -o addopts= -ra \
-    -p no:cacheprovider --continue-on-collection-errors --maxfail=50 --durations=10
+  # The options of pyproject.toml may name what is not here.
+  # The few that the sanitizers get come first: whether it works at all.
+  bounded "$limit" "$@" -m pytest -q -m "$marker" tests/test_cuda_sanitize.py tests/test_cuda*.py \
+    -o addopts= -ra -p no:cacheprovider --continue-on-collection-errors --maxfail=50 --durations=10
   code=$?
   report=$(grep -E '(passed|failed|skipped|errors?|deselected|no tests ran|no tests collected).* in [0-9.]+' "$log" | tail -1 | tr -d '=')
   report=${report:-no report of pytest}
@@ -281,6 +285,7 @@ sanitizer_stage() {
 }
 stage_memcheck() { sanitizer_stage memcheck; }
 stage_racecheck() { sanitizer_stage racecheck; }
+stage_initcheck() { sanitizer_stage initcheck; }
 
 stage_exchanges() {
   if [ -z "${EXCHANGES:-}" ] && { [ ! -x "$program" ] || ! timeout 30 "$program" --only -- >/dev/null 2>&1 ||

@@ -41,9 +41,11 @@ struct TorchCuda {
   }
 };
 
-// The cuBLAS of torch's handle is one that is loaded: a second copy would not know the handle.
+// The cuBLAS of torch's handle, as libtorch_cuda finds it: another copy, which another package may
+// have loaded, would not know the handle.
 Blas load_blas() {
-  void* library = nullptr;
+  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  if (library && !dlsym(library, "cublasGemmEx_64")) library = nullptr;
   for (const char* name : {"libcublas.so.13", "libcublas.so.12", "libcublas.so.14"})
     if (!library) library = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
   if (!library) fail("torch has loaded no cuBLAS of version 12, 13 or 14");
@@ -55,6 +57,12 @@ Blas load_blas() {
         find(library, "cublasSetMathMode", blas.set_math_mode)))
     fail("torch's cuBLAS is older than version 12");
   return blas;
+}
+
+// A driver that is older than the CUDA that this library was built with is seen here.
+[[noreturn]] void fail_cuda(const char* what, cudaError_t status) {
+  fail(std::string("the CUDA runtime can't ") + what + " the device: " + cudaGetErrorName(status) +
+       ", " + cudaGetErrorString(status));
 }
 
 void check(AOTITorchError status, const char* what) {
@@ -77,6 +85,12 @@ CudaContext::CudaContext(Place place) : place_(place) {
   CUDAGuardHandle guard = nullptr;
   check(TorchCuda::loaded().create_guard(place.index, &guard), "a guard of the device");
   guard_ = guard;
+  // In a thread that has not used CUDA yet (autograd's), the guard of the device that is current
+  // anyway leaves it so, and cuBLAS would complain.
+  const cudaError_t status = cudaSetDevice(place.index);
+  if (status == cudaSuccess) return;
+  TorchCuda::loaded().delete_guard(guard);
+  fail_cuda("use", status);
 }
 
 CudaContext::~CudaContext() {
@@ -91,8 +105,9 @@ CudaDevice CudaContext::device() const {
   for (const auto& [attribute, number] :
        {std::pair{cudaDevAttrComputeCapabilityMajor, &major},
         std::pair{cudaDevAttrComputeCapabilityMinor, &minor}})
-    if (cudaDeviceGetAttribute(number, attribute, place_.index) != cudaSuccess)
-      fail("CUDA can't tell the compute capability of device " + std::to_string(place_.index));
+    if (const cudaError_t status = cudaDeviceGetAttribute(number, attribute, place_.index);
+        status != cudaSuccess)
+      fail_cuda("tell the compute capability of", status);
   return {10 * major + minor};
 }
 

@@ -62,7 +62,7 @@ void run_beside(Stage& stage, Passes<Pass>& passes, const Use& use) {
 // In waves: in wave w, layer l runs chunk w - l. From the last layer to the first, so that the
 // event on which a layer waits is still that of the chunk it reads.
 template <class Pass, class Use>
-void run_chained(Stage& stage, Passes<Pass>& passes, const Subject& subject, const Use& use) {
+void run_chained(Stage& stage, Passes<Pass>& passes, const Use& use) {
   const int64_t chunks = passes[0].chunks(), layers = static_cast<int64_t>(passes.size());
   std::deque<Event> ready(passes.size());
   for (int64_t wave = 0; wave < chunks + layers - 1; ++wave) {
@@ -70,42 +70,73 @@ void run_chained(Stage& stage, Passes<Pass>& passes, const Subject& subject, con
       const int64_t chunk = wave - layer;
       if (chunk < 0 || chunk >= chunks) continue;
       use(layer);
-      if (layer > 0) subject.check(ready[layer - 1].wait(stage.stream()), "cudaStreamWaitEvent");
+      if (layer > 0) stage.wait(ready[layer - 1]);
       run_chunk(stage, passes[layer], chunk);
-      subject.check(ready[layer].record(stage.stream()), "cudaEventRecord");
+      stage.record(ready[layer]);
     }
   }
 }
+
+// Joins the other streams to the caller's, which they must not outlast: not even where an error
+// ends the call, since its scratch memory goes back to the caller's stream.
+class Streams {
+ public:
+  // They begin after what the caller's stream has to do.
+  Streams(Stage& stage, const CudaStream* streams, int count)
+      : stage_(stage), streams_(streams), count_(count) {
+    if (count < 2) return;
+    stage.use(streams[0]);
+    stage.record(begin_);
+    for (int i = 1; i < count; ++i) {
+      stage.use(streams[i]);
+      stage.wait(begin_);
+    }
+  }
+  Streams(const Streams&) = delete;
+  Streams& operator=(const Streams&) = delete;
+  ~Streams() {
+    if (!joined_)
+      for (int i = 1; i < count_; ++i)
+        if (Event end; end.record(streams_[i].stream) == cudaSuccess) end.wait(streams_[0].stream);
+  }
+
+  void use(int64_t pass) { stage_.use(streams_[pass % count_]); }
+  void join() {
+    joined_ = true;
+    for (int i = 1; i < count_; ++i) {
+      Event end;
+      stage_.use(streams_[i]);
+      stage_.record(end);
+      stage_.use(streams_[0]);
+      stage_.wait(end);
+    }
+  }
+
+ private:
+  Stage& stage_;
+  const CudaStream* streams_;
+  int count_;
+  Event begin_;
+  bool joined_ = false;
+};
 
 template <class Pass>
 void run_passes(const CudaCall& call, const typename Pass::Args* args, int count, bool chained) {
   const Subject subject = Subject::of(call.cell, args[0]);
   Arena arena(call.room);
   Passes<Pass> passes = passes_of<Pass>(args, count, call.choice, arena);
-  const int streams = std::min(count, call.choice.streams);
   Stage stage(call.blas, subject, call.choice.launch, call.streams[0]);
-
-  // The other streams begin after what the caller's stream has to do, and end before what it will.
-  Event begin;
-  std::deque<Event> ends(streams);
-  if (streams > 1) subject.check(begin.record(call.streams[0].stream), "cudaEventRecord");
-  for (int i = 1; i < streams; ++i)
-    subject.check(begin.wait(call.streams[i].stream), "cudaStreamWaitEvent");
-
-  const auto use = [&](int64_t pass) { stage.use(call.streams[pass % streams]); };
+  Streams streams(stage, call.streams, std::min(count, call.choice.streams));
+  const auto use = [&](int64_t pass) { streams.use(pass); };
   if (chained)
-    run_chained(stage, passes, subject, use);
+    run_chained(stage, passes, use);
   else
     run_beside(stage, passes, use);
   for (int i = 0; i < count; ++i) {
     use(i);
     passes[i].end(stage);
   }
-
-  for (int i = 1; i < streams; ++i) {
-    subject.check(ends[i].record(call.streams[i].stream), "cudaEventRecord");
-    subject.check(ends[i].wait(call.streams[0].stream), "cudaStreamWaitEvent");
-  }
+  streams.join();
 }
 
 }  // namespace

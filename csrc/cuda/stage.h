@@ -89,7 +89,12 @@ class Stage {
       check_blas(blas_.set_workspace(blas_.handle, stream.workspace, stream.workspace_bytes),
                  "cublasSetWorkspace");
   }
-  cudaStream_t stream() const { return stream_.stream; }
+  // What comes next on this stream waits for the event.
+  void wait(const Event& event) {
+    subject_.check(event.wait(stream_.stream), "cudaStreamWaitEvent");
+    follows_event_ = true;
+  }
+  void record(Event& event) { subject_.check(event.record(stream_.stream), "cudaEventRecord"); }
   const Subject& subject() const { return subject_; }
 
   // One thread an element of (rows, columns). `after_product`: may be launched before the product
@@ -106,10 +111,11 @@ class Stage {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
-    if (after_product && launch_ == Launch::kDependent) {
+    if (after_product && launch_ == Launch::kDependent && !follows_event_) {
       config.attrs = &attribute;
       config.numAttrs = 1;
     }
+    follows_event_ = false;
     subject_.check(cudaLaunchKernelEx(&config, kernel, args), name);
   }
 
@@ -151,6 +157,7 @@ class Stage {
       if (!add) zero(c, m * n * static_cast<int64_t>(sizeof(out_t)));
       return;
     }
+    follows_event_ = false;
     using acc_t = accumulator_of<scalar_t>;
     const acc_t alpha = 1, beta = add ? 1 : 0;
     using Type = BlasType<scalar_t>;
@@ -169,6 +176,7 @@ class Stage {
   Launch launch_;
   CudaStream stream_;
   int math_mode_ = 0;
+  bool follows_event_ = false;  // then a launch has no launch before it to depend on
 };
 
 // Room on the device, cut from one allocation; without one it only counts.
