@@ -11,8 +11,6 @@ from ._library import cuda_load_error
 LAUNCHES = ("plain", "pdl")
 
 _native = torch.ops.rnnfast
-# the flag as the operators know it
-_tf32: bool | None = None
 
 
 def loaded() -> bool:
@@ -54,25 +52,19 @@ def is_tf32_allowed() -> bool:
     return allowed == "tf32"
 
 
-# A graph of torch.compile takes the flag over when it is traced.
-@torch.compiler.assume_constant_result
-def heed_flags() -> bool:
-    """Take over torch's flag, which the operators can't read. Called before them."""
-    global _tf32
-    allowed = is_tf32_allowed()
-    if allowed is not _tf32:
-        _native.cuda_set(0, int(allowed))
-        _tf32 = allowed
-    return allowed
+# The engine asks for the flag at every call, compiled graphs included: the library can't read it.
+_library = torch.library.Library("rnnfast", "FRAGMENT")
+_library.define("tf32_allowed() -> bool")
+_library.impl("tf32_allowed", is_tf32_allowed, "CompositeExplicitAutograd")
 
 
 def set_launch(launch: int) -> int:
     """Wish for one of LAUNCHES, or -1; gives the wish before."""
-    return int(_native.cuda_set(1, launch))
+    return int(_native.cuda_set_launch(launch))
 
 
 def last_run(field: int) -> int:
-    """Of this thread: 0 runs, 1 time, 2 launch, 3 streams, 4 compute capability."""
+    """Of this thread: 0 runs, 1 time, 2 launch, 3 streams, 4 compute capability, 5 TF32."""
     return int(_native.cuda_last_run(field))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _cuda, ops
+from . import ops
 from .cells import CELLS, CellSpec
 
 _forward_group = torch.ops.rnnfast.forward_group.default
@@ -135,8 +135,6 @@ def _at_once(passes: Sequence[_OnePass], incoming: Any, chained: bool) -> list[A
         tensors += [*given, reset, y, saved, *incoming[4 * i : 4 * i + 3]]
     needs = [ops.needs_mask(one.needs_input_grad) for one in passes]
     first = passes[0]
-    if first.saved_tensors[0].is_cuda:
-        _cuda.heed_flags()
     with ops.below_autograd():
         grads = _backward_group(
             first.saved_tensors[0], tensors, batch_sizes, first.cell, chained, needs

@@ -73,13 +73,25 @@ def of_packed(reset: Any, input: PackedSequence, x: Tensor) -> Tensor:
     return check(reset.data, "(N,)", (x.size(0),), x)
 
 
+def _on_device(batch_sizes: Tensor, device: torch.device) -> Tensor:
+    """batch_sizes on the device of the rows, without waiting for it. (A graph that is being
+    captured would read the host's memory again at each replay: there, torch's error is right.)"""
+    if (
+        device.type != "cuda"
+        or torch.compiler.is_compiling()
+        or torch.cuda.is_current_stream_capturing()
+    ):
+        return batch_sizes.to(device)
+    return batch_sizes.pin_memory().to(device, non_blocking=True)
+
+
 def of_backward_direction(reset: Tensor, batch_sizes: Tensor | None) -> Tensor:
     """The mask that cuts a reverse pass between the same steps: it enters step t from t + 1, so
     that it starts anew at t where a new sequence begins at t + 1."""
     if batch_sizes is None:
         return torch.cat([reset[1:], reset.new_zeros(1, reset.size(1))])
     rows, steps = reset.size(0), batch_sizes.size(0)
-    sizes = batch_sizes.to(reset.device)
+    sizes = _on_device(batch_sizes, reset.device)
     step = torch.repeat_interleave(
         torch.arange(steps, device=reset.device), sizes, output_size=rows
     )

@@ -136,6 +136,8 @@ def _check_engine(x: Tensor) -> None:
         return
     if engine.forced == "cpu":
         raise RuntimeError(f'rnnfast: the engine "cpu" was forced, got a tensor on {x.device}')
+    if x.is_cuda and torch.compiler.is_compiling():
+        return  # the operator says so when it runs
     why = _cuda.why_not_on(x.device) if x.is_cuda else f"there is none for {x.device.type}"
     if why:
         raise RuntimeError(
@@ -143,8 +145,6 @@ def _check_engine(x: Tensor) -> None:
             "move the tensors with .cpu(), run plain torch operators with "
             'rnnfast.use_engine("reference"), or go back to torch.nn with rnnfast.restore(model)'
         )
-    if x.is_cuda:
-        _cuda.heed_flags()
 
 
 def direction(

@@ -170,7 +170,7 @@ def step(layer: Any, spec: CellSpec, input: Any, state: Any, reset: Any) -> tupl
             states = [s.unsqueeze(1) for s in states]
         h, c = states if spec.states == 2 else (states[0], None)
     if not batched and isinstance(reset, bool):
-        reset = torch.tensor(reset, device=x.device)
+        reset = torch.full((), reset, dtype=torch.bool, device=x.device)
     if reset is not None:
         reset = _reset.check(reset, "(B,)" if batched else "()", batch, x).reshape(1, -1)
     y, h_n, c_n = _run.stack(

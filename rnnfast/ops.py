@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _cuda, reference
+from . import reference
 from ._checks import check_layer, has_values
 from ._library import load
 from .cells import CELLS, cell_spec
@@ -196,8 +196,6 @@ def forward_backward(
         # batched gradients (is_grads_batched, vectorize=True): the kernel takes one at a time
         grads = _reference_backward((dy, dh_n, dc_n), tuple(inputs[:8]), inputs[8:], ctx, needed)
         return (*grads, *none[8:])
-    if inputs[0].is_cuda:
-        _cuda.heed_flags()
     if not ctx.save:
         with torch.no_grad():
             y, _, _, saved = forward(*inputs, None, ctx.cell, ctx.reverse, True)

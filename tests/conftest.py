@@ -38,22 +38,28 @@ def _clean_slate() -> Iterator[None]:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """Where a test of the CUDA engine puts its tensors."""
-    if CUDA_TESTS_ON == "cuda":
-        yield torch.device("cuda")
-        return
-    import on_host
+    """Where a test of the CUDA engine puts its tensors. float32 is not TF32 unless it says so."""
+    import on_cuda
 
-    on_host.stand_in(monkeypatch)
-    on_host.fill_fresh_memory(0x01)
-    yield torch.device("cpu")
-    on_host.fill_fresh_memory(0)
+    with on_cuda.products(tf32=False):
+        if CUDA_TESTS_ON == "cuda":
+            yield torch.device("cuda")
+            return
+        import on_host
+
+        on_host.stand_in(monkeypatch)
+        on_host.fill_fresh_memory(0x01)
+        yield torch.device("cpu")
+        on_host.fill_fresh_memory(0)
 
 
 @pytest.fixture
-def cuda() -> torch.device:
+def cuda() -> Iterator[torch.device]:
     """As ``device``, for what only a real one has."""
-    return torch.device("cuda")
+    import on_cuda
+
+    with on_cuda.products(tf32=False):
+        yield torch.device("cuda")
 
 
 def why_not_cuda(fixtures: Iterable[str] = ()) -> str:

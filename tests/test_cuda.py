@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from on_cuda import (
     FORMS,
     KINDS,
@@ -91,6 +93,41 @@ def test_numbers(setup: Setup, device: torch.device) -> None:
     check(setup, device)
 
 
+sizes = st.integers(1, 70)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    kind=st.sampled_from(tuple(KINDS)),
+    shape=st.tuples(st.integers(1, 9), sizes, sizes, sizes),
+    form=st.sampled_from(FORMS),
+    options=st.fixed_dictionaries(
+        {
+            "num_layers": st.integers(1, 3),
+            "bidirectional": st.booleans(),
+            "bias": st.booleans(),
+            "state": st.booleans(),
+            "reset": st.booleans(),
+            "loss": st.sampled_from(LOSSES),
+        }
+    ),
+)
+def test_any_sizes(
+    kind: str,
+    shape: tuple[int, int, int, int],
+    form: str,
+    options: dict[str, Any],
+    device: torch.device,
+) -> None:
+    check(Setup(kind, "float64", *shape, **options, form=form), device)
+
+
 MODES: dict[str, Any] = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
 
 
@@ -104,7 +141,7 @@ def test_without_gradients(kind: str, options: Any, mode: str, device: torch.dev
     problem = build(Setup(kind, "float32", 5, 4, 7, 33, **options))
     layer = module_on(problem, True, device, torch.float32)
     x, _ = inputs_of(problem, device, torch.float32)
-    given = x
+    given: Any = x
     if "form" in options:
         given = nn.utils.rnn.pack_padded_sequence(
             x, torch.tensor([1, 5, 3, 3]), enforce_sorted=False
@@ -187,7 +224,7 @@ def test_cells(cell: str, bias: bool, precision: str, device: torch.device) -> N
                 loss = torch.stack([out.double().square().sum() for out in outputs]).sum()
                 grads = torch.autograd.grad(loss, [*leaves, *module.parameters()])
             found.append([*outputs, *grads])
-        assert_near(*found, relative=max(1e-10, 16 * rounding))
+        assert_near(found[0], found[1], max(1e-10, 16 * rounding))
         with products(False):
             assert_near(
                 leaves_of(ours(x.to(device))), leaves_of(exact(x.double())), 16 * rounding + 1e-10

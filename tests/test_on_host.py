@@ -22,8 +22,7 @@ from rnnfast.cells import CELLS
 
 DEVICE = on_host.operators()
 CPU = torch.ops.rnnfast
-SEED, CAPABILITY, LAUNCHES_LEFT = range(3)  # of DEVICE.set
-TF32, LAUNCH = range(2)  # of DEVICE.cuda_set
+SEED, CAPABILITY, LAUNCHES_LEFT, FLAG = range(4)  # of DEVICE.set
 
 # Products of the device are three loops: large sizes would only be slow.
 CASES = [case for case in cases.engine_cases() if case.hidden <= 130]
@@ -34,10 +33,9 @@ def _device() -> Iterator[None]:
     on_host.fill_fresh_memory(0x01)
     yield
     on_host.fill_fresh_memory(0)
-    for field, value in ((SEED, 0), (CAPABILITY, 90), (LAUNCHES_LEFT, -1)):
+    for field, value in ((SEED, 0), (CAPABILITY, 90), (LAUNCHES_LEFT, -1), (FLAG, 0)):
         DEVICE.set(field, value)
-    DEVICE.cuda_set(TF32, 0)
-    DEVICE.cuda_set(LAUNCH, -1)
+    DEVICE.cuda_set_launch(-1)
 
 
 def run(problem: cases.Problem) -> tolerance.Tensors:
@@ -232,7 +230,7 @@ def test_any_order_of_the_streams_gives_the_same_bits(
 @pytest.mark.parametrize("launch", [0, 1], ids=_cuda.LAUNCHES)
 def test_launches_a_step(launch: int) -> None:
     """A kernel a step beside its product; a recurrence without one takes all steps at once."""
-    DEVICE.cuda_set(LAUNCH, launch)
+    DEVICE.cuda_set_launch(launch)
     for cell, steps in ((0, 37), (1, 37), (4, 1)):
         x, (p,), _ = passes_of(cell, 1, False, reset=False)
         *t, reset = p.values()
@@ -276,20 +274,32 @@ def test_packed_weights_are_refused() -> None:
 
 
 def test_tf32_only_where_it_is_allowed() -> None:
-    """Products of float32 round to TF32 with the flag, and without it whatever the handle says."""
+    """With torch's flag products of float32 round to TF32, without it whatever the handle says."""
     case = Case("lstm", 3, 4, 40, 64, torch.float32)
     problem, ref, peer = cases.solved(case)
     tolerance.check(run(problem), peer, ref, case.dtype)
-    DEVICE.cuda_set(TF32, 1)
+    assert DEVICE.cuda_last_run(5) == 0
+    DEVICE.set(FLAG, 1)
     error = tolerance.biggest(run(problem)["y"].double() - ref["y"])
     assert 1e-5 < error < 1e-2
-    for field, value in ((0, 2), (1, 2), (2, 0)):
-        with pytest.raises(RuntimeError, match="rnnfast: cuda_set needs field 0"):
-            DEVICE.cuda_set(field, value)
+    assert DEVICE.cuda_last_run(5) == 1
+
+
+def test_torch_is_asked_for_its_flag() -> None:
+    """By an operator that Python implements, which every thread and every graph reaches."""
+    asked = torch.ops.rnnfast.tf32_allowed
+    flags: Any = torch.backends.cudnn.rnn
+    before = flags.fp32_precision
+    try:
+        for value in ("tf32", "ieee"):
+            flags.fp32_precision = value
+            assert asked() is _cuda.is_tf32_allowed() is (value == "tf32")
+    finally:
+        flags.fp32_precision = before
 
 
 def test_double_precision_ignores_the_flag() -> None:
-    DEVICE.cuda_set(TF32, 1)
+    DEVICE.set(FLAG, 1)
     case = Case("gru", 3, 4, 16, 17, torch.float64)
     problem, ref, peer = cases.solved(case)
     tolerance.check(run(problem), peer, ref, case.dtype)

@@ -36,7 +36,7 @@ SKIPPED = ["test_a.py::test_skipped", "test_a.py::test_some[2]"]
 
 def entries() -> list[str]:
     lines = (HERE / "expected_skips.txt").read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
+    return [line for line in lines if line.strip() and not line.startswith(("#", "cuda ="))]
 
 
 def test_the_list_only_shrinks_and_gives_reasons() -> None:
@@ -50,18 +50,18 @@ def test_the_list_only_shrinks_and_gives_reasons() -> None:
 
 
 def run_suite(
-    folder: Path, *, allowed: list[str], options: tuple[str, ...] = ()
+    folder: Path, *, allowed: list[str], options: tuple[str, ...] = (), suite: str = SUITE
 ) -> tuple[int, str]:
     """A small suite in a tests/ folder of its own, under our conftest."""
     tests = folder / "tests"
     tests.mkdir(parents=True)
     shutil.copy(HERE / "conftest.py", tests)
-    (tests / "test_a.py").write_text(SUITE)
+    (tests / "test_a.py").write_text(suite)
     (tests / "expected_skips.txt").write_text("".join(f"{name}  # a reason\n" for name in allowed))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", *options],
         cwd=folder,
-        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST")},
+        env={k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "RNNFAST_CUDA_"))},
         capture_output=True,
         text=True,
         timeout=120,
@@ -91,3 +91,71 @@ def test_the_hooks_fail_a_run_with_other_skips(
 def test_a_narrowed_run_does_not_miss_the_rest(tmp_path: Path) -> None:
     returned, output = run_suite(tmp_path, allowed=SKIPPED, options=("-k", "runs"))
     assert returned == 0, output
+
+
+# Tests marked cuda: three of a kind, and one that is skipped whatever the machine has.
+MACHINE = """
+import sys
+import types
+
+import pytest
+import torch
+
+torch.cuda.is_available = lambda: {device}
+fake = types.ModuleType("rnnfast")
+fake._cuda = types.SimpleNamespace(why_not=lambda: {why!r})
+fake.engines = lambda: ["cpu"] + ["cuda"] * {engine}
+fake.use_engine = lambda name: None
+sys.modules["rnnfast"] = fake
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_on_cuda(k):
+    assert torch.cuda.is_available()
+
+def test_elsewhere():
+    pass
+"""
+OTHER_REASON = """
+@pytest.mark.cuda
+@pytest.mark.skip(reason="because")
+def test_left_out():
+    pass
+"""
+INSIDE = """
+@pytest.mark.cuda
+def test_left_out():
+    pytest.skip("because")
+"""
+NO_DEVICE = MACHINE.format(device=False, why="no device", engine=0)
+ALL_THERE = MACHINE.format(device=True, why="", engine=1)
+NO_ENGINE = MACHINE.format(device=True, why="it was not built", engine=0)
+LEFT_OUT = "test_a.py::test_left_out"
+
+
+@pytest.mark.parametrize(
+    ("suite", "allowed", "options", "code", "words"),
+    [
+        (NO_DEVICE, ["cuda = 3"], (), 0, "3 tests of the CUDA engine did not run: no device"),
+        (NO_DEVICE, ["cuda = 4"], ("-m", "cuda"), 1, "MARKED cuda: 3 tests, not the 4 of"),
+        (NO_DEVICE, ["cuda = 4"], ("-k", "on_cuda"), 0, "3 skipped"),
+        (NO_DEVICE + OTHER_REASON, ["cuda = 4"], (), 1, f"SKIPPED WITHOUT LEAVE: {LEFT_OUT}"),
+        (ALL_THERE, ["cuda = 4"], (), 1, "MARKED cuda: 3 tests, not the 4 of"),
+        (ALL_THERE + INSIDE, ["cuda = 4"], (), 1, f"SKIPPED WITHOUT LEAVE: {LEFT_OUT}"),
+        (ALL_THERE + INSIDE, ["cuda = 4", f"? {LEFT_OUT}"], (), 0, "4 passed, 1 skipped"),
+        (NO_ENGINE, ["cuda = 3"], ("-m", "cuda"), 1, "the engine is missing: it was not built"),
+    ],
+)
+def test_tests_of_the_cuda_engine_are_counted(
+    tmp_path: Path,
+    suite: str,
+    allowed: list[str],
+    options: tuple[str, ...],
+    code: int,
+    words: str,
+) -> None:
+    """Without a device they are skipped, and their number is held to; with one, none is, and one
+    without the engine is a fault."""
+    returned, output = run_suite(tmp_path, allowed=allowed, options=options, suite=suite)
+    assert returned == code, output
+    assert words in output

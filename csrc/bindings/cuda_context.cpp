@@ -81,6 +81,15 @@ constexpr int64_t kWorkspace = int64_t{8} << 20, kWorkspaceHopper = int64_t{32} 
 
 }  // namespace
 
+bool ask_torch_for_tf32() {
+  StableIValue answer{};
+  // Without Python (a compiled model alone) nobody knows: then full precision.
+  if (torch_call_dispatcher("rnnfast::tf32_allowed", "", &answer, TORCH_ABI_VERSION) !=
+      AOTI_TORCH_SUCCESS)
+    return false;
+  return torch::stable::detail::to<bool>(answer);
+}
+
 CudaContext::CudaContext(Place place) : place_(place) {
   CUDAGuardHandle guard = nullptr;
   check(TorchCuda::loaded().create_guard(place.index, &guard), "a guard of the device");
@@ -102,9 +111,8 @@ CudaContext::~CudaContext() {
 
 CudaDevice CudaContext::device() const {
   int major = 0, minor = 0;
-  for (const auto& [attribute, number] :
-       {std::pair{cudaDevAttrComputeCapabilityMajor, &major},
-        std::pair{cudaDevAttrComputeCapabilityMinor, &minor}})
+  for (const auto& [attribute, number] : {std::pair{cudaDevAttrComputeCapabilityMajor, &major},
+                                          std::pair{cudaDevAttrComputeCapabilityMinor, &minor}})
     if (const cudaError_t status = cudaDeviceGetAttribute(number, attribute, place_.index);
         status != cudaSuccess)
       fail_cuda("tell the compute capability of", status);

@@ -8,6 +8,10 @@
 
 namespace rnnfast {
 
+// Whether torch allows TF32 in recurrent layers now. Its flag has no place in the stable ABI: an
+// operator that is written in Python tells it.
+bool ask_torch_for_tf32();
+
 // Makes the device current while it lives.
 class CudaContext {
  public:

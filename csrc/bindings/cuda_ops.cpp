@@ -8,13 +8,13 @@
 namespace rnnfast {
 namespace {
 
-std::atomic<bool> tf32{false};
 std::atomic<int> wished_launch{-1};
 
 struct LastCudaRun {
   int64_t runs = 0, time = 0;
   CudaChoice choice{};
   int capability = 0;
+  bool tf32 = false;
 };
 thread_local LastCudaRun last_run;
 
@@ -23,15 +23,17 @@ void refuse_packed(const OptionalTensor& packed) {
 }
 
 Shape shape_of(const CheckedLayer& layer, int64_t cell, size_t itemsize) {
-  return {static_cast<int>(cell), layer.seq_len,     layer.batch,
-          layer.input_size,       layer.hidden_size, layer.output_size,
-          layer.rows,             static_cast<int>(itemsize)};
+  return {static_cast<int>(cell), layer.seq_len,     layer.batch, layer.input_size,
+          layer.hidden_size,      layer.output_size, layer.rows,  static_cast<int>(itemsize)};
 }
 
 // Runs passes of one dtype: the choice, the room, the streams, the engine.
 template <class Args, class Room, class Run>
-void run(const std::vector<Args>& passes, const std::vector<Shape>& shapes, Place place,
-         bool chained, bool backward, const Room& room_of, const Run& engine) {
+void run(const std::vector<Args>& passes, const std::vector<Shape>& shapes,
+         const CheckedLayer& layer, bool chained, bool backward, const Room& room_of,
+         const Run& engine) {
+  const Place place = layer.place;
+  const bool tf32 = layer.dtype == ScalarType::Float && ask_torch_for_tf32();
   CudaContext context(place);
   const CudaDevice device = context.device();
   const std::string why = why_not_cuda(device);
@@ -39,8 +41,7 @@ void run(const std::vector<Args>& passes, const std::vector<Shape>& shapes, Plac
   const int count = static_cast<int>(passes.size()), cell = shapes[0].cell;
   const CudaChoice choice =
       choose_cuda({shapes.data(), count, chained, backward}, device, {wished_launch});
-  const Tensor room =
-      empty({room_of(cell, choice, passes.data(), count)}, ScalarType::Byte, place);
+  const Tensor room = empty({room_of(cell, choice, passes.data(), count)}, ScalarType::Byte, place);
   const CudaStream* streams = context.streams(choice.streams);
   engine({cell, choice, context.blas(tf32), streams, out<char>(room)}, passes.data(), count,
          chained);
@@ -48,7 +49,7 @@ void run(const std::vector<Args>& passes, const std::vector<Shape>& shapes, Plac
   const int64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(
                           std::chrono::steady_clock::now().time_since_epoch())
                           .count();
-  last_run = {last_run.runs + 1, now, choice, device.capability};
+  last_run = {last_run.runs + 1, now, choice, device.capability, tf32};
 }
 
 template <class Call>
@@ -67,7 +68,7 @@ void run_forward(std::vector<ForwardCall>& calls, int64_t cell, bool chained) {
       call.layer.space_rows_evenly();
       passes.push_back(call.args<scalar_t>());
     }
-    run(passes, shapes_of(calls, cell, sizeof(scalar_t)), calls[0].layer.place, chained, false,
+    run(passes, shapes_of(calls, cell, sizeof(scalar_t)), calls[0].layer, chained, false,
         forward_room<scalar_t>, cuda_forward<scalar_t>);
   });
 }
@@ -84,7 +85,7 @@ void run_backward(std::vector<BackwardCall>& calls, int64_t cell, bool chained) 
       call.layer.space_rows_evenly();
       passes.push_back(call.args<scalar_t>());
     }
-    run(passes, shapes_of(calls, cell, sizeof(scalar_t)), calls[0].layer.place, chained, true,
+    run(passes, shapes_of(calls, cell, sizeof(scalar_t)), calls[0].layer, chained, true,
         backward_room<scalar_t>, cuda_backward<scalar_t>);
   });
 }
@@ -93,13 +94,12 @@ void run_backward(std::vector<BackwardCall>& calls, int64_t cell, bool chained) 
 
 ForwardResult cuda_forward_op(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
                               Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
-                              OptionalTensor w_hr, OptionalTensor batch_sizes,
-                              OptionalTensor reset, OptionalTensor packed, int64_t cell,
-                              bool reverse, bool save) {
+                              OptionalTensor w_hr, OptionalTensor batch_sizes, OptionalTensor reset,
+                              OptionalTensor packed, int64_t cell, bool reverse, bool save) {
   refuse_packed(packed);
   std::vector<ForwardCall> calls;
-  calls.emplace_back(x, Pass{h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes, false,
-                     cell, reverse, save);
+  calls.emplace_back(x, Pass{h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes, false, cell,
+                     reverse, save);
   run_forward(calls, cell, false);
   return calls[0].result;
 }
@@ -128,8 +128,7 @@ std::vector<Tensor> cuda_forward_group_op(Tensor x, Tensors passes, OptionalTens
 }
 
 std::vector<Tensor> cuda_backward_group_op(Tensor x, Tensors passes, OptionalTensor batch_sizes,
-                                           int64_t cell, bool chained,
-                                           std::vector<int64_t> needs) {
+                                           int64_t cell, bool chained, std::vector<int64_t> needs) {
   const BackwardGroup group(x, passes, batch_sizes, cell, chained, needs);
   auto calls = group.calls(kNeverReuse);
   run_backward(calls, cell, chained);
@@ -138,12 +137,10 @@ std::vector<Tensor> cuda_backward_group_op(Tensor x, Tensors passes, OptionalTen
   return results;
 }
 
-int64_t cuda_set(int64_t field, int64_t value) {
-  if (field == 0 && (value == 0 || value == 1)) return tf32.exchange(value == 1);
-  if (field == 1 && value >= -1 && value <= 1)
-    return wished_launch.exchange(static_cast<int>(value));
-  fail("cuda_set needs field 0 (TF32) and 0 or 1, or field 1 (launch) and -1, 0 or 1, got (" +
-       std::to_string(field) + ", " + std::to_string(value) + ")");
+int64_t cuda_set_launch(int64_t launch) {
+  if (launch < -1 || launch > 1)
+    fail("launch must be -1 (automatic), 0 (plain) or 1 (pdl), got " + std::to_string(launch));
+  return wished_launch.exchange(static_cast<int>(launch));
 }
 
 int64_t cuda_last_run(int64_t field) {
@@ -153,9 +150,12 @@ int64_t cuda_last_run(int64_t field) {
     case 2: return static_cast<int64_t>(last_run.choice.launch);
     case 3: return last_run.choice.streams;
     case 4: return last_run.capability;
+    case 5: return last_run.tf32;
   }
-  fail("field must be 0 (runs), 1 (time), 2 (launch), 3 (streams) or 4 (compute capability), got " +
-       std::to_string(field));
+  fail(
+      "field must be 0 (runs), 1 (time), 2 (launch), 3 (streams), 4 (compute capability) or 5 "
+      "(TF32), got " +
+      std::to_string(field));
 }
 
 }  // namespace rnnfast

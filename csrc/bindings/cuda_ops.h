@@ -7,9 +7,8 @@ namespace rnnfast {
 
 ForwardResult cuda_forward_op(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
                               Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
-                              OptionalTensor w_hr, OptionalTensor batch_sizes,
-                              OptionalTensor reset, OptionalTensor packed, int64_t cell,
-                              bool reverse, bool save);
+                              OptionalTensor w_hr, OptionalTensor batch_sizes, OptionalTensor reset,
+                              OptionalTensor packed, int64_t cell, bool reverse, bool save);
 BackwardResult cuda_backward_op(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
                                 Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
                                 Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
@@ -19,14 +18,12 @@ BackwardResult cuda_backward_op(OptionalTensor dy, OptionalTensor dh_n, Optional
 std::vector<Tensor> cuda_forward_group_op(Tensor x, Tensors passes, OptionalTensor batch_sizes,
                                           int64_t cell, bool chained, bool save);
 std::vector<Tensor> cuda_backward_group_op(Tensor x, Tensors passes, OptionalTensor batch_sizes,
-                                           int64_t cell, bool chained,
-                                           std::vector<int64_t> needs);
+                                           int64_t cell, bool chained, std::vector<int64_t> needs);
 
-// Settings of the process: field 0 whether float32 products may use TF32 (0 or 1), 1 the wished
-// Launch (-1: the library's choice). Gives what it was before.
-int64_t cuda_set(int64_t field, int64_t value);
+// The wished Launch of the process (-1: the library's choice). Gives the wish before.
+int64_t cuda_set_launch(int64_t launch);
 // Of this thread's last call: 0 runs, 1 nanoseconds of the steady clock, 2 launch, 3 streams,
-// 4 compute capability.
+// 4 compute capability, 5 whether products used TF32.
 int64_t cuda_last_run(int64_t field);
 
 }  // namespace rnnfast

@@ -12,6 +12,7 @@ struct Settings {
   int capability = 90;
   unsigned seed = 0;
   int launches_until_failure = -1;
+  bool tf32 = false;  // what torch would say
 };
 extern Settings settings;
 

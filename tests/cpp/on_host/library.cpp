@@ -9,6 +9,7 @@
 namespace rnnfast {
 
 // In place of bindings/cuda_context.cpp.
+bool ask_torch_for_tf32() { return on_host::settings.tf32; }
 CudaContext::CudaContext(Place place) : place_(place) {
   handle_ = on_host::new_handle();
   on_host::launches_until_failure = on_host::settings.launches_until_failure;
@@ -45,11 +46,12 @@ void CudaContext::finish() {
 namespace {
 
 // Field 0 seed of the order, 1 compute capability, 2 launches that succeed before one fails (-1:
-// all). Gives what it was.
+// all), 3 torch's flag for TF32. Gives what it was.
 int64_t set(int64_t field, int64_t value) {
   on_host::Settings& now = on_host::settings;
   if (field == 0) return std::exchange(now.seed, static_cast<unsigned>(value));
   if (field == 1) return std::exchange(now.capability, static_cast<int>(value));
+  if (field == 3) return std::exchange(now.tf32, value != 0);
   return std::exchange(now.launches_until_failure, static_cast<int>(value));
 }
 // Launches of the last call: all (0), and those that are dependent (1).
@@ -76,14 +78,14 @@ STABLE_TORCH_LIBRARY(rnnfast_on_host, m) {
   m.def(
       "backward_group(Tensor x, Tensor?[] passes, Tensor? batch_sizes, int cell, bool chained, "
       "int[] needs) -> Tensor[]");
-  m.def("cuda_set(int field, int value) -> int");
+  m.def("cuda_set_launch(int launch) -> int");
   m.def("cuda_last_run(int field) -> int");
   m.def("set(int field, int value) -> int");
   m.def("launches(int field) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast_on_host, CompositeExplicitAutograd, m) {
-  m.impl("cuda_set", TORCH_BOX(&rnnfast::cuda_set));
+  m.impl("cuda_set_launch", TORCH_BOX(&rnnfast::cuda_set_launch));
   m.impl("cuda_last_run", TORCH_BOX(&rnnfast::cuda_last_run));
   m.impl("set", TORCH_BOX(&rnnfast::set));
   m.impl("launches", TORCH_BOX(&rnnfast::launches));
