@@ -1,4 +1,5 @@
-"""The sentences of setup.py when something is missing. Nothing is built: the tools are fakes."""
+"""The sentences of setup.py when something is missing, and of the check of ptxas's report. Nothing is
+built: the tools are fakes."""
 
 from __future__ import annotations
 
@@ -96,3 +97,41 @@ def test_tools_are_called(tmp_path: Path) -> None:
     configure, make = calls(tmp_path).splitlines()
     assert configure.startswith("cmake -S") and "-DRNNFAST_CUDA=0" in configure
     assert make.startswith("cmake --build")
+
+
+ENTRY = """ptxas info    : Compiling entry function '{name}' for '{arch}'
+ptxas info    : Function properties for {name}
+    {stack} bytes stack frame, {spill} bytes spill stores, {spill} bytes spill loads
+ptxas info    : Used {registers} registers, used 0 barriers
+"""
+
+
+def check_kernels(log: Path, *entries: dict[str, object]) -> tuple[int, str]:
+    usual = {"name": "sums", "arch": "sm_90a", "stack": 0, "spill": 0, "registers": 40}
+    log.write_text("".join(ENTRY.format(**(usual | entry)) for entry in entries))
+    ran = subprocess.run(
+        [sys.executable, ROOT / "tools" / "check_kernels.py", log], capture_output=True, text=True
+    )
+    return ran.returncode, ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"spill": 8}, "sums on sm_90a: 0 bytes of stack, spills of 8 and 8 bytes"),
+        ({"stack": 16}, "sums on sm_90a: 16 bytes of stack"),
+        ({"registers": 65}, "sums on sm_90a: 65 registers, 64 allowed"),
+        ({}, "sums is not on the list"),
+        ({"arch": "sm_80"}, "forward_steps<LstmCell, float> is missing for sm_80"),
+    ],
+)
+def test_kernels_that_spill_or_are_missing(
+    tmp_path: Path, entry: dict[str, object], words: str
+) -> None:
+    status, text = check_kernels(tmp_path / "log", entry)
+    assert status == 1 and words in text, text
+
+
+def test_a_build_without_a_report_of_ptxas(tmp_path: Path) -> None:
+    status, text = check_kernels(tmp_path / "log")
+    assert status == 1 and "holds no report of ptxas" in text, text

@@ -1,4 +1,4 @@
-"""Reads ptxas's report from the log of a build: ``cmake --build ... | tee LOG; check_kernels.py LOG``.
+"""Reads ptxas's report from the log of a build: ``python tools/check_kernels.py LOG``.
 
 Every kernel that the engine has must be there, for every cell and dtype, without spills and stack,
 and with registers for at least four blocks a multiprocessor (three with float64).
@@ -69,19 +69,18 @@ def main(log: Path) -> int:
                 f"{what}: {entry['stack']} bytes of stack, spills of {entry['stores']} and "
                 f"{entry['loads']} bytes"
             )
-        most = MOST_WITH_DOUBLE if "double" in name else MOST_REGISTERS
-        if int(entry["registers"]) > most:
-            faults.append(f"{what}: {entry['registers']} registers, {most} allowed")
+        allowed = MOST_WITH_DOUBLE if "double" in name else MOST_REGISTERS
+        if int(entry["registers"]) > allowed:
+            faults.append(f"{what}: {entry['registers']} registers, {allowed} allowed")
     if not archs:
         faults.append(f"{log} holds no report of ptxas: build anew, with -Xptxas=-v")
     for arch, kernels in seen.items():
         faults += [f"{name} is missing for {arch}" for name in sorted(expected() - kernels)]
         faults += [f"{name} is not on the list" for name in sorted(kernels - expected())]
     most = max((int(entry["registers"]) for entry in found), default=0)
-    print(
-        "\n".join(faults)
-        or f"{len(found)} kernels for {', '.join(sorted(archs))}: no spills, at most {most} registers"
-    )
+    where = ", ".join(sorted(archs))
+    good = f"{len(found)} kernels for {where}: no spills, at most {most} registers"
+    print("\n".join(faults) or good)
     return 1 if faults else 0
 
 

@@ -1,7 +1,7 @@
 // One pass of a layer, or several of them side by side: the choice, the scratch memory, the
 // threads.
-#include <chrono>
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <new>
