@@ -1,5 +1,5 @@
-"""The sentences of setup.py when something is missing, and of the check of ptxas's report. Nothing is
-built: the tools are fakes."""
+"""What setup.py says when something is missing, and the check of ptxas's report. Nothing is built:
+the tools are fakes."""
 
 from __future__ import annotations
 
