@@ -19,18 +19,17 @@ class BackwardPass {
 
   BackwardPass(const Args& args, int64_t chunk_steps, Arena& arena)
       : args_(args),
-        schedule_(args),
-        chunk_steps_(chunk_steps),
+        schedule_(args, chunk_steps),
         gate_rows_(Cell::kGates * args.hidden_size),
         planes_(Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0)),
-        plain_(!args.reset && !args.h0 && !args.batch_sizes) {
+        plain_(!args.reset && !args.h0 && !args.batch_sizes),
+        keeps_h_(args.dw_hh && !plain_) {
     const int64_t N = args.rows, H = args.hidden_size, P = args.output_size, B = args.batch;
     dgx_ = arena.take<scalar_t>(N * gate_rows_);
     dgh_ = Cell::kSplitGates ? arena.take<scalar_t>(N * gate_rows_) : dgx_;
     dh_ = arena.take<acc_t>(B * P);
     dc_ = arena.take<acc_t>((Cell::kStates - 1) * B * H);
-    h_entered_ = args.dw_hh && !plain_ ? arena.take<scalar_t>(N * P) : nullptr;
-    keeps_h_ = args.dw_hh && !plain_;
+    h_entered_ = keeps_h_ ? arena.take<scalar_t>(N * P) : nullptr;
     if (args.w_hr) {
       dm_ = arena.take<scalar_t>(N * P);
       dh_whole_ = arena.take<acc_t>(B * H);
@@ -40,11 +39,7 @@ class BackwardPass {
     parts_ = arena.take<acc_t>((N + slice_ - 1) / slice_ * gate_rows_);
   }
 
-  int64_t chunks() const { return (schedule_.steps() + chunk_steps_ - 1) / chunk_steps_; }
-  int64_t first_of(int64_t chunk) const { return chunk * chunk_steps_; }
-  int64_t end_of(int64_t chunk) const {
-    return std::min(schedule_.steps(), first_of(chunk) + chunk_steps_);
-  }
+  const Schedule& schedule() const { return schedule_; }
   void begin_chunk(Stage&, int64_t) {}
 
   // `index` counts from the last step down. The number of steps taken, below `end`.
@@ -109,7 +104,8 @@ class BackwardPass {
   void end_chunk(Stage& stage, int64_t chunk) {
     if (!args_.dx) return;
     const int64_t last = schedule_.steps() - 1;
-    const StepRows rows = schedule_.all(last - (end_of(chunk) - 1), last - first_of(chunk) + 1);
+    const StepRows rows =
+        schedule_.all(last - (schedule_.end_of(chunk) - 1), last - schedule_.first_of(chunk) + 1);
     stage.rows_by_columns(rows.rows, args_.input_size, gate_rows_,
                           dgx_ + rows.first_row * gate_rows_, args_.w_ih,
                           args_.dx + rows.first_row * args_.input_size);
@@ -210,7 +206,7 @@ class BackwardPass {
 
   Args args_;
   Schedule schedule_;
-  int64_t chunk_steps_, gate_rows_, planes_, slice_;
+  int64_t gate_rows_, planes_, slice_;
   bool plain_, keeps_h_;  // whether h as it entered is y of the step before; whether it is kept
   scalar_t *dgx_, *dgh_, *h_entered_, *dm_ = nullptr, *m_ = nullptr;
   acc_t *dh_, *dc_, *dh_whole_ = nullptr, *parts_;

@@ -16,10 +16,7 @@ class ForwardPass {
   using acc_t = accumulator_of<scalar_t>;
 
   ForwardPass(const Args& args, int64_t chunk_steps, Arena& arena)
-      : args_(args),
-        schedule_(args),
-        chunk_steps_(chunk_steps),
-        gate_rows_(Cell::kGates * args.hidden_size) {
+      : args_(args), schedule_(args, chunk_steps), gate_rows_(Cell::kGates * args.hidden_size) {
     const int64_t H = args.hidden_size, B = args.batch;
     gx_ = arena.take<acc_t>(std::min(args.rows, chunk_steps * B) * gate_rows_);
     gh_ = arena.take<acc_t>(kDiagonal ? 0 : B * gate_rows_);
@@ -27,14 +24,9 @@ class ForwardPass {
     carry_ = arena.take<acc_t>((Cell::kStates - 1 + kWideH) * B * H);
   }
 
-  int64_t chunks() const { return (schedule_.steps() + chunk_steps_ - 1) / chunk_steps_; }
-  int64_t first_of(int64_t chunk) const { return chunk * chunk_steps_; }
-  int64_t end_of(int64_t chunk) const {
-    return std::min(schedule_.steps(), first_of(chunk) + chunk_steps_);
-  }
-
+  const Schedule& schedule() const { return schedule_; }
   void begin_chunk(Stage& stage, int64_t chunk) {
-    const StepRows rows = schedule_.all(first_of(chunk), end_of(chunk));
+    const StepRows rows = schedule_.all(schedule_.first_of(chunk), schedule_.end_of(chunk));
     chunk_row_ = rows.first_row;
     stage.rows_by_rows(rows.rows, gate_rows_, args_.input_size,
                        args_.x.data + rows.first_row * args_.x.row_stride, args_.x.row_stride,
@@ -106,7 +98,7 @@ class ForwardPass {
 
   Args args_;
   Schedule schedule_;
-  int64_t chunk_steps_, gate_rows_, chunk_row_ = 0;
+  int64_t gate_rows_, chunk_row_ = 0;
   acc_t *gx_, *gh_, *carry_;
   scalar_t* m_;
 };

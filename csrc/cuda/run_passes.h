@@ -25,15 +25,16 @@ Passes<Pass> passes_of(const typename Pass::Args* args, int count, const CudaCho
 template <class Pass>
 void run_chunk(Stage& stage, Pass& pass, int64_t chunk) {
   pass.begin_chunk(stage, chunk);
-  const int64_t end = pass.end_of(chunk);
-  for (int64_t step = pass.first_of(chunk); step < end;) step += pass.step(stage, step, end);
+  const int64_t end = pass.schedule().end_of(chunk);
+  for (int64_t step = pass.schedule().first_of(chunk); step < end;)
+    step += pass.step(stage, step, end);
   pass.end_chunk(stage, chunk);
 }
 
 // In turn, so that neither waits for the host to have launched all of the other.
 template <class Pass, class Use>
 void run_beside(Stage& stage, Passes<Pass>& passes, const Use& use) {
-  for (int64_t chunk = 0; chunk < passes[0].chunks(); ++chunk) {
+  for (int64_t chunk = 0; chunk < passes[0].schedule().chunks(); ++chunk) {
     const auto each = [&](const auto& what) {
       for (size_t i = 0; i < passes.size(); ++i) {
         use(i);
@@ -41,8 +42,8 @@ void run_beside(Stage& stage, Passes<Pass>& passes, const Use& use) {
       }
     };
     each([&](Pass& pass) { pass.begin_chunk(stage, chunk); });
-    const int64_t end = passes[0].end_of(chunk);
-    for (int64_t step = passes[0].first_of(chunk); step < end;) {
+    const int64_t end = passes[0].schedule().end_of(chunk);
+    for (int64_t step = passes[0].schedule().first_of(chunk); step < end;) {
       int64_t taken = 0;
       // Directions have the same rows at the same time, but one runs it backwards: where one takes
       // several steps in a launch, the other takes what makes them even.
@@ -63,7 +64,8 @@ void run_beside(Stage& stage, Passes<Pass>& passes, const Use& use) {
 // event on which a layer waits is still that of the chunk it reads.
 template <class Pass, class Use>
 void run_chained(Stage& stage, Passes<Pass>& passes, const Use& use) {
-  const int64_t chunks = passes[0].chunks(), layers = static_cast<int64_t>(passes.size());
+  const int64_t chunks = passes[0].schedule().chunks(),
+                layers = static_cast<int64_t>(passes.size());
   std::deque<Event> ready(passes.size());
   for (int64_t wave = 0; wave < chunks + layers - 1; ++wave) {
     for (int64_t layer = layers - 1; layer >= 0; --layer) {

@@ -18,14 +18,19 @@ struct StepRows {
 class Schedule {
  public:
   template <class scalar_t>
-  explicit Schedule(const LayerArgs<scalar_t>& args)
+  Schedule(const LayerArgs<scalar_t>& args, int64_t chunk_steps)
       : steps_(args.seq_len),
+        chunk_steps_(chunk_steps),
         batch_(args.batch),
         sizes_(args.batch_sizes),
         offsets_(args.offsets),
         reverse_(args.reverse) {}
 
   int64_t steps() const { return steps_; }
+  // Chunks of steps, counted in the order in which a pass takes them.
+  int64_t chunks() const { return (steps_ + chunk_steps_ - 1) / chunk_steps_; }
+  int64_t first_of(int64_t chunk) const { return chunk * chunk_steps_; }
+  int64_t end_of(int64_t chunk) const { return std::min(steps_, first_of(chunk) + chunk_steps_); }
   StepRows at(int64_t order) const {
     const int64_t rows = rows_at(order);
     return {first_row(order), rows, order > 0 ? std::min(rows, rows_at(order - 1)) : 0,
@@ -53,7 +58,7 @@ class Schedule {
     return sizes_ ? offsets_[time(order)] : time(order) * batch_;
   }
 
-  int64_t steps_, batch_;
+  int64_t steps_, chunk_steps_, batch_;
   const int64_t *sizes_, *offsets_;
   bool reverse_;
 };
