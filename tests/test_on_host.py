@@ -16,7 +16,9 @@ import tolerance
 import torch
 from cases import Case
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+import rnnfast
 from rnnfast import _cuda
 from rnnfast.cells import CELLS
 
@@ -349,3 +351,50 @@ def test_choose_cuda_refuses() -> None:
         _cuda.choose(0, sizes, 4, 90, count=0)
     with pytest.raises(RuntimeError, match="field must be 0"):
         CPU.choose_cuda(3, 90, -1, 1, False, 0, *sizes, 4)
+
+
+# --------------------------------------------------------------------------- the way there
+
+
+@pytest.fixture
+def _no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake parameters need none, and a torch without CUDA could not draw them."""
+    for kind in (torch.nn.RNNBase, torch.nn.RNNCellBase):
+        monkeypatch.setattr(kind, "reset_parameters", lambda self: None)
+
+
+@pytest.mark.usefixtures("_no_numbers")
+def test_layers_on_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake CUDA tensors go all the way from the layers to the operators: eager calls and graphs.
+    (Autograd would ask the device, which a torch without CUDA does not survive.)"""
+    monkeypatch.setattr(_cuda, "why_not_on", lambda device: "")
+    with FakeTensorMode(), torch.no_grad():
+        x, row = torch.empty(5, 3, 4, device="cuda"), torch.empty(3, 4, device="cuda")
+        stacked = rnnfast.LSTM(4, 8, num_layers=2, bidirectional=True, device="cuda")
+        y, (h_n, c_n) = stacked(x)
+        assert y.shape == (5, 3, 16) and h_n.shape == c_n.shape == (4, 3, 8)
+        assert y.device.type == h_n.device.type == "cuda"
+        layer = rnnfast.GRU(4, 8, device="cuda")
+        compiled = torch.compile(lambda x: layer(x)[0], backend="eager", fullgraph=True)
+        assert compiled(x).device.type == "cuda"
+        assert layer.step(row)[0].device.type == "cuda"
+        assert rnnfast.LSTMCell(4, 8, device="cuda")(row)[0].device.type == "cuda"
+        with (
+            rnnfast.use_engine("cpu"),
+            pytest.raises(RuntimeError, match='engine "cpu" was forced, got a tensor on cuda'),
+        ):
+            layer(x)
+
+
+@pytest.mark.usefixtures("_no_numbers")
+def test_without_the_engine_the_error_says_why() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(5, 3, 4, device="cuda")
+        layer = rnnfast.GRU(4, 8, device="cuda")
+        if not _cuda.why_not():
+            return  # it is there
+        with pytest.raises(RuntimeError, match=r"no engine can run on cuda.*(has no CUDA|no CUDA)"):
+            layer(x)
+        plain = torch.nn.GRU(4, 8, device="cuda")
+        assert type(rnnfast.accelerate(plain)) is torch.nn.GRU
+        assert rnnfast.explain(layer).rows[0].engine == "none"
