@@ -1,4 +1,4 @@
-"""The path of every call: checks, casts, the choice between operators and reference, layers and
+"""The path of every call: checks, the choice between operators and reference, layers and
 directions. The layers (modules.py) and the functions (functional.py) both end here."""
 
 from __future__ import annotations
@@ -12,6 +12,13 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _cuda, _group, _reset, engine, ops, reference
+from ._cast import (
+    autocast_weights,
+    check_device,
+    is_any_autocast_enabled,
+    match_input,
+    match_state,
+)
 from ._checks import DTYPES, check_batch_sizes, check_weights
 from .cells import CellSpec
 
@@ -19,82 +26,6 @@ _forward = ops.forward
 _run_eager = ops.RNNFast.apply
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-
-
-_TYPE_NAMES = {
-    torch.float64: "Double",
-    torch.float32: "Float",
-    torch.float16: "Half",
-    torch.bfloat16: "BFloat16",
-    torch.complex64: "ComplexFloat",
-    torch.complex128: "ComplexDouble",
-    torch.uint8: "Byte",
-    torch.int8: "Char",
-    torch.int16: "Short",
-    torch.int32: "Int",
-    torch.int64: "Long",
-    torch.bool: "Bool",
-}
-
-
-def _raise_dtypes(found: Tensor, weight: Tensor, who: str) -> NoReturn:
-    """torch.nn's text, and ours with the names after it."""
-    a, b = (_TYPE_NAMES.get(t.dtype, str(t.dtype)) for t in (found, weight))
-    raise RuntimeError(
-        f"mat1 and mat2 must have the same dtype, but got {a} and {b} "
-        f"(rnnfast: {who} is {found.dtype}, the weights are {weight.dtype})"
-    )
-
-
-def _castable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and _is_any_autocast_enabled()
-
-
-def autocast_weights(
-    weights: Sequence[Tensor | None], device: str
-) -> tuple[Sequence[Any], torch.dtype | None]:
-    """Under autocast, the weights in its dtype (float64 stays, as in torch's operators)."""
-    if not torch.is_autocast_enabled(device):
-        return weights, None
-    dtype = torch.get_autocast_dtype(device)
-    if all(w is None or w.dtype == dtype or w.dtype == torch.float64 for w in weights):
-        return weights, None
-    cast = [w if w is None or w.dtype == torch.float64 else w.to(dtype) for w in weights]
-    return cast, dtype
-
-
-def match_input(x: Tensor, weight: Tensor, layer: bool) -> Tensor:
-    """Under autocast, the input in the dtype of the weights; else an error as torch.nn's."""
-    if _castable(x):
-        return x.to(weight.dtype)
-    if layer and not _is_any_autocast_enabled():
-        raise ValueError(
-            f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
-            f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
-        )
-    _raise_dtypes(x, weight, "input")
-
-
-def check_device(x: Tensor, weight: Tensor) -> None:
-    if x.device != weight.device:
-        raise RuntimeError(
-            "Input and parameter tensors are not at the same device, found input tensor at "
-            f"{x.device} and parameter tensor at {weight.device}"
-        )
-
-
-def match_state(state: Tensor, weight: Tensor, who: str) -> Tensor:
-    if state.device != weight.device:
-        raise RuntimeError(
-            "Input and hidden tensors are not at the same device, found input tensor at "
-            f"{weight.device} and hidden tensor at {state.device}"
-        )
-    if state.dtype == weight.dtype:
-        return state
-    if _castable(state):
-        return state.to(weight.dtype)
-    _raise_dtypes(state, weight, who)
 
 
 def _has_tangent(tensors: Sequence[Tensor | None]) -> bool:
@@ -307,7 +238,7 @@ def layer(
     dtype = weight.dtype
     sorted_indices = unsorted_indices = batch_sizes = None
     x: Tensor
-    if packed_weights is None and _is_any_autocast_enabled():
+    if packed_weights is None and is_any_autocast_enabled():
         weights, cast = autocast_weights(weights, weight.device.type)
         if cast is not None:
             weight, dtype = weights[0], cast
@@ -475,7 +406,7 @@ def cell(
     """One step: x (B, I), h and c (B, H) or None; gives h' and c' (one more dimension in front)."""
     if x.dim() != 2:
         raise RuntimeError(f"rnnfast: input must have shape (B, I), got {tuple(x.shape)}")
-    if _is_any_autocast_enabled():
+    if is_any_autocast_enabled():
         (w_ih, w_hh, b_ih, b_hh), _ = autocast_weights((w_ih, w_hh, b_ih, b_hh), w_ih.device.type)
     # sizes before dtypes: the order of torch.nn's checks
     if x.size(1) != w_ih.size(1):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _reset, _run, engine, ops
+from . import _cast, _reset, _run, engine, ops
 from ._step_plan import nothing_is_watching
 from .cells import CellSpec
 
@@ -107,9 +107,9 @@ def _checked_input(layer: Any, input: Any, weight: Tensor) -> Tensor:
             f"rnnfast: input must have shape (B, I) or (I,) with I = {wanted}, got {_text(input)}"
         )
     if input.dtype != weight.dtype:
-        input = _run.match_input(input, weight, True)
+        input = _cast.match_input(input, weight, True)
     if not input.is_cpu or not weight.is_cpu:
-        _run.check_device(input, weight)
+        _cast.check_device(input, weight)
     return input
 
 
@@ -132,7 +132,7 @@ def _checked_states(
         sizes = (layer.num_layers, *batch, width)
         if not isinstance(states[i], Tensor) or states[i].shape != sizes:
             _raise_state(name, f"(L, {'B, ' if batch else ''}{letter})", sizes, states[i])
-        states[i] = _run.match_state(states[i], weight, name)
+        states[i] = _cast.match_state(states[i], weight, name)
     return states
 
 
@@ -157,7 +157,7 @@ def step(layer: Any, spec: CellSpec, input: Any, state: Any, reset: Any) -> tupl
             return short
 
     if packed is None and _is_any_autocast_enabled():
-        weights, _ = _run.autocast_weights(weights, weights[0].device.type)
+        weights, _ = _cast.autocast_weights(weights, weights[0].device.type)
     weight = weights[0]
     x = _checked_input(layer, input, weight)
     batched = x.dim() == 2

@@ -95,7 +95,6 @@ class Stage {
     follows_event_ = true;
   }
   void record(Event& event) { subject_.check(event.record(stream_.stream), "cudaEventRecord"); }
-  const Subject& subject() const { return subject_; }
 
   // One thread an element of (rows, columns). `after_product`: may be launched before the product
   // that it follows has ended.
