@@ -3,7 +3,8 @@
 //
 // A stream is a queue that nothing runs until on_host::run_all(), which takes from the queues in a
 // random order that streams and events allow: what a device might do. Threads of a launch run one
-// after the other, so a kernel that shares memory between threads is not for this.
+// after the other; those of one that asks for shared memory take turns, and may cooperate
+// (block.h).
 #pragma once
 
 #include <cstddef>
@@ -11,17 +12,19 @@
 #include <functional>
 #include <memory>
 
+#include "block.h"
+
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
 
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned vx = 1, unsigned vy = 1, unsigned vz = 1) : x(vx), y(vy), z(vz) {}
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorUnknown = 999
 };
-inline thread_local dim3 threadIdx{0, 0, 0}, blockIdx{0, 0, 0}, blockDim, gridDim;
-
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorUnknown = 999 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3 };
 enum { cudaEventDisableTiming = 2 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
@@ -67,17 +70,29 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
                             cudaStream_t stream);
 inline void cudaGridDependencySynchronize() {}
 
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  const bool allowed = on_host::allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
+  return allowed ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 template <class Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args),
                                const Args& args) {
   const dim3 grid = config->gridDim, block = config->blockDim;
-  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || block.x * block.y > 1024)
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || block.x * block.y == 0 ||
+      block.x * block.y > 1024)
     return cudaErrorInvalidConfiguration;
+  const size_t shared_bytes = config->dynamicSmemBytes;
+  if (!on_host::may_have_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes))
+    return cudaErrorInvalidValue;
   if (on_host::launches_until_failure == 0) return cudaErrorUnknown;
   if (on_host::launches_until_failure > 0) --on_host::launches_until_failure;
   ++on_host::launches;
   if (config->numAttrs > 0) ++on_host::dependent_launches;
   on_host::enqueue(config->stream, [=] {
+    if (shared_bytes > 0)
+      return on_host::run_blocks(grid, block, shared_bytes, [&] { kernel(args); });
     gridDim = grid;
     blockDim = block;
     // The last block first: nothing may count on another order.

@@ -49,6 +49,7 @@ void begin_call(Queue* caller) {
 
 void run_all(const std::vector<Queue*>& queues, unsigned seed) {
   std::mt19937 random(seed);
+  seed_blocks(seed);
   Queue* caller = queues[0];
   // What the caller launches next, and may read results.
   enqueue(caller, [&queues, caller] {
@@ -204,6 +205,7 @@ rnnfast::Blas blas_of(Handle* handle) {
 // --- the runtime ---
 
 const char* cudaGetErrorName(cudaError_t status) {
+  if (status == cudaErrorInvalidValue) return "cudaErrorInvalidValue";
   return status == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration"
                                                  : "cudaErrorUnknown";
 }

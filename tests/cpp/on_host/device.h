@@ -10,6 +10,7 @@ namespace on_host {
 
 struct Settings {
   int capability = 90;
+  int shared_bytes = 227 << 10;  // that a block may ask for
   unsigned seed = 0;
   int launches_until_failure = -1;
   bool tf32 = false;  // what torch would say

@@ -19,7 +19,9 @@ CudaContext::~CudaContext() {
   for (const CudaStream& stream : streams_) on_host::delete_queue(stream.stream);
   on_host::delete_handle(static_cast<on_host::Handle*>(handle_));
 }
-CudaDevice CudaContext::device() const { return {on_host::settings.capability}; }
+CudaDevice CudaContext::device() const { 
+  return {on_host::settings.capability, 132, on_host::settings.shared_bytes};
+}
 const CudaStream* CudaContext::streams(int count) {
   for (int i = 0; i < count; ++i) {
     streams_.push_back({on_host::new_queue()});
@@ -46,12 +48,13 @@ void CudaContext::finish() {
 namespace {
 
 // Field 0 seed of the order, 1 compute capability, 2 launches that succeed before one fails (-1:
-// all), 3 torch's flag for TF32. Gives what it was.
+// all), 3 torch's flag for TF32, 4 shared memory of a block. Gives what it was.
 int64_t set(int64_t field, int64_t value) {
   on_host::Settings& now = on_host::settings;
   if (field == 0) return std::exchange(now.seed, static_cast<unsigned>(value));
   if (field == 1) return std::exchange(now.capability, static_cast<int>(value));
   if (field == 3) return std::exchange(now.tf32, value != 0);
+  if (field == 4) return std::exchange(now.shared_bytes, static_cast<int>(value));
   return std::exchange(now.launches_until_failure, static_cast<int>(value));
 }
 // Launches of the last call: all (0), and those that are dependent (1).
@@ -79,6 +82,7 @@ STABLE_TORCH_LIBRARY(rnnfast_on_host, m) {
       "backward_group(Tensor x, Tensor?[] passes, Tensor? batch_sizes, int cell, bool chained, "
       "int[] needs) -> Tensor[]");
   m.def("cuda_set_launch(int launch) -> int");
+  m.def("cuda_set_kernel(int kernel) -> int");
   m.def("cuda_last_run(int field) -> int");
   m.def("set(int field, int value) -> int");
   m.def("launches(int field) -> int");
@@ -86,6 +90,7 @@ STABLE_TORCH_LIBRARY(rnnfast_on_host, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast_on_host, CompositeExplicitAutograd, m) {
   m.impl("cuda_set_launch", TORCH_BOX(&rnnfast::cuda_set_launch));
+  m.impl("cuda_set_kernel", TORCH_BOX(&rnnfast::cuda_set_kernel));
   m.impl("cuda_last_run", TORCH_BOX(&rnnfast::cuda_last_run));
   m.impl("set", TORCH_BOX(&rnnfast::set));
   m.impl("launches", TORCH_BOX(&rnnfast::launches));
