@@ -14,6 +14,7 @@
 #include "../cells/list.h"
 #include "../core/cell_info.h"
 #include "../cpu/dispatch.h"
+#include "core_cuda.h"
 
 namespace py = pybind11;
 
@@ -208,6 +209,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("choose_group", &group_choice, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::arg("count"), py::arg("chained"), py::arg("backward"),
         py::arg("max_threads"), py::arg("forced_split") = -1);
+  add_cuda(m);
   m.def("barrier_seconds", &barrier_seconds, py::arg("workers"), py::arg("rounds"),
         py::call_guard<py::gil_scoped_release>(), "Seconds of one barrier; 0: not at once.");
   m.def(

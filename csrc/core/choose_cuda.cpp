@@ -22,12 +22,36 @@ std::string why_not_cuda(const CudaDevice& device) {
          std::to_string(device.capability / 10) + "." + std::to_string(device.capability % 10);
 }
 
+namespace {
+
+// All passes of a group have the same hidden size.
+int tile_of(const Group& group, const CudaDevice& device, bool tf32, std::string* why) {
+  const Shape& pass = group.passes[group.count - 1];
+  const Operand operand = pass.itemsize == 2   ? Operand::kHalf
+                          : pass.itemsize == 8 ? Operand::kFloat64
+                          : tf32               ? Operand::kTf32
+                                               : Operand::kFloat32;
+  return find_tile(pass, operand, group.backward, Exchange::kNone, device, why);
+}
+
+}  // namespace
+
+std::string why_not_onchip(const Group& group, const CudaDevice& device, bool tf32) {
+  std::string why;
+  tile_of(group, device, tf32, &why);
+  return why;
+}
+
 CudaChoice choose_cuda(const Group& group, const CudaDevice& device, const CudaWish& wish) {
   const Shape& pass = group.passes[group.count - 1];
-  // Plain unless wished: no GPU has shown yet which is faster where.
+  // Plain launches of the step engine unless wished: no GPU has shown yet what is faster where.
   CudaChoice choice{Launch::kPlain, 1, pass.seq_len};
   if (wish.launch >= 0) choice.launch = static_cast<Launch>(wish.launch);
   if (device.capability < kDependentLaunches) choice.launch = Launch::kPlain;
+  if (wish.kernel == static_cast<int>(CudaKernel::kOnchip)) {
+    const int tile = tile_of(group, device, wish.tf32, nullptr);
+    if (tile >= 0) choice.tile = &kOnchipTiles[tile];
+  }
 
   // Sums are in float, or in double.
   const int64_t row_bytes = int64_t{cell_info(pass.cell).gates} * pass.hidden_size *
