@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 
 from ._library import cuda_load_error
 
 LAUNCHES = ("plain", "pdl")
+KERNELS = ("step", "onchip")
 
 _native = torch.ops.rnnfast
 
@@ -63,24 +65,52 @@ def set_launch(launch: int) -> int:
     return int(_native.cuda_set_launch(launch))
 
 
+def set_kernel(kernel: int) -> int:
+    """Wish for one of KERNELS, or -1; gives the wish before."""
+    return int(_native.cuda_set_kernel(kernel))
+
+
 def last_run(field: int) -> int:
-    """Of this thread: 0 runs, 1 time, 2 launch, 3 streams, 4 compute capability, 5 TF32."""
+    """Of this thread: 0 runs, 1 time, 2 launch, 3 streams, 4 compute capability, 5 TF32, 6
+    kernel."""
     return int(_native.cuda_last_run(field))
 
 
-def choose(
-    cell: int,
-    sizes: tuple[int, int, int, int, int],
-    itemsize: int,
-    capability: int,
-    count: int = 1,
-    chained: bool = False,
-    launch: int = -1,
-) -> tuple[str, int, int]:
-    """What the engine does for sizes (T, B, I, H, P) of ``count`` passes: how it launches, on how
-    many streams, and how many steps an input projection takes at once."""
-    how, streams, steps = (
-        int(_native.choose_cuda(field, capability, launch, count, chained, cell, *sizes, itemsize))
-        for field in range(3)
-    )
-    return LAUNCHES[how], streams, steps
+@dataclass(frozen=True)
+class Passes:
+    """Passes of one call, as the choice sees them: ``count`` directions of a layer, or (chained)
+    layers, the first of sizes (T, B, I, H, P); on a device."""
+
+    cell: int
+    sizes: tuple[int, int, int, int, int]
+    itemsize: int
+    capability: int
+    shared_bytes: int = 0  # that a block may have
+    count: int = 1
+    chained: bool = False
+    backward: bool = False
+    tf32: bool = False
+
+    def choose(self, launch: int = -1, kernel: int = -1) -> tuple[str, int, int, str]:
+        """How the engine launches, on how many streams, how many steps an input projection takes at
+        once, and its kernel; with a wished launch and kernel."""
+        how, streams, steps, what = (
+            int(
+                _native.choose_cuda(
+                    *(field, self.capability, self.shared_bytes, launch, kernel, self.tf32),
+                    *(self.count, self.chained, self.backward, self.cell, *self.sizes),
+                    self.itemsize,
+                )
+            )
+            for field in range(4)
+        )
+        return LAUNCHES[how], streams, steps, KERNELS[what]
+
+    def why_not_onchip(self) -> str:
+        """Why their weights can't be kept on chip, or an empty string."""
+        return str(
+            _native.why_not_onchip(
+                *(self.capability, self.shared_bytes, self.tf32, self.count, self.chained),
+                *(self.backward, self.cell, *self.sizes, self.itemsize),
+            )
+        )

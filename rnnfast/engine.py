@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -29,6 +30,7 @@ _isa_wish = -1
 _kernel_wish = -1
 _split_wish = -1
 _launch_wish = -1
+_cuda_kernel_wish = -1
 
 _local = threading.local()
 
@@ -80,11 +82,18 @@ def _set_launch(launch: int) -> int:
     return _cuda.set_launch(launch)
 
 
+def _set_cuda_kernel(kernel: int) -> int:
+    global _cuda_kernel_wish
+    _cuda_kernel_wish = kernel
+    return _cuda.set_kernel(kernel)
+
+
 class EngineScope:
     """What :func:`use_engine` returns: the choice is in force; leaving ``with`` undoes it."""
 
-    def __init__(self, before: tuple[str, int | None, int | None, int | None, int | None]) -> None:
-        self._before = before
+    def __init__(self, forced: str, wishes: list[tuple[Callable[[int], int], int]]) -> None:
+        self._forced = forced
+        self._wishes = wishes
 
     def __enter__(self) -> EngineScope:
         return self
@@ -96,15 +105,9 @@ class EngineScope:
         traceback: TracebackType | None,
     ) -> None:
         global forced
-        forced, isa, kernel, split, launch = self._before
-        if isa is not None:
-            _set_isa(isa)
-        if kernel is not None:
-            _set_kernel(kernel)
-        if split is not None:
-            _set_split(split)
-        if launch is not None:
-            _set_launch(launch)
+        forced = self._forced
+        for set_wish, before in self._wishes:
+            set_wish(before)
 
 
 def use_engine(
@@ -125,7 +128,10 @@ def use_engine(
         isa: instruction set of the CPU engine: ``"portable"``, ``"avx2"``, ``"avx512"``,
             ``"avx512_bf16"`` (with AVX512_VNNI), ``"amx"`` or ``"neon"``; ``None`` leaves it as
             it is. The last two of AVX-512 differ from it for bfloat16 and int8 only
-        kernel: ``"packed"`` or ``"direct"``; ``None`` leaves it as it is
+        kernel: of the CPU engine, ``"packed"`` or ``"direct"``; of the CUDA engine, ``"step"`` (a
+            product and a kernel a step) or ``"onchip"`` (w_hh stays on the chip for all steps; an
+            error where the layer, its dtype or the device is not for it); ``None`` leaves it as it
+            is
         split: how threads divide a layer, ``"serial"``, ``"batch"`` or ``"units"``, with as many
             threads as that can use, and no two passes at once; ``"directions"`` or ``"layers"``:
             a layer's two directions, or its several layers of one direction, side by side, and
@@ -152,26 +158,33 @@ def use_engine(
     global forced
     if name not in _NAMES:
         raise RuntimeError(f"rnnfast: use_engine needs one of {', '.join(_NAMES)}, got {name!r}")
-    cpu_options = not (isa is None and kernel is None and split is None)
-    if name == "reference" and (cpu_options or launch is not None):
+    on_cuda = kernel in _cuda.KERNELS
+    cpu_options = not (isa is None and (kernel is None or on_cuda) and split is None)
+    cuda_options = launch is not None or on_cuda
+    if name == "reference" and (cpu_options or cuda_options):
         raise RuntimeError(
             "rnnfast: the reference engine has no isa, kernel, split or launch to choose"
         )
     if name == "cuda" and cpu_options:
-        raise RuntimeError("rnnfast: isa, kernel and split are the CPU engine's, not cuda's")
-    if name == "cpu" and launch is not None:
-        raise RuntimeError("rnnfast: launch is the CUDA engine's, not cpu's")
+        raise RuntimeError(
+            "rnnfast: isa, split and the kernels packed and direct are the CPU engine's, not cuda's"
+        )
+    if name == "cpu" and cuda_options:
+        raise RuntimeError(
+            "rnnfast: launch and the kernels step and onchip are the CUDA engine's, not cpu's"
+        )
     if launch not in (None, "auto", *_cuda.LAUNCHES):
         raise RuntimeError(
             f"rnnfast: launch must be auto, {' or '.join(_cuda.LAUNCHES)}, got {launch!r}"
         )
-    missing = _cuda.why_not() if name == "cuda" or launch is not None else ""
+    missing = _cuda.why_not() if name == "cuda" or cuda_options else ""
     if missing:
         raise RuntimeError(f"rnnfast: the CUDA engine can't run here: {missing}")
     if isa is not None and isa not in ISAS:
         raise RuntimeError(f"rnnfast: isa must be one of {', '.join(ISAS)}, got {isa!r}")
-    if kernel is not None and kernel not in KERNELS:
-        raise RuntimeError(f"rnnfast: kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    kernels = (*KERNELS, *_cuda.KERNELS)
+    if kernel is not None and kernel not in kernels:
+        raise RuntimeError(f"rnnfast: kernel must be one of {', '.join(kernels)}, got {kernel!r}")
     if split is not None and split not in SPLITS:
         raise RuntimeError(f"rnnfast: split must be one of {', '.join(SPLITS)}, got {split!r}")
     if isa is not None and isa not in available_isas():
@@ -179,25 +192,25 @@ def use_engine(
             f"rnnfast: isa {isa!r} can't run here, this machine and build have "
             f"{', '.join(available_isas())}"
         )
-    isa_before = kernel_before = split_before = launch_before = None
-    if isa is not None:
-        isa_before = _set_isa(ISAS.index(isa))
-    elif name == "auto":
-        isa_before = _set_isa(_initial_isa)
-    if kernel is not None:
-        kernel_before = _set_kernel(KERNELS.index(kernel))
-    elif name == "auto":
-        kernel_before = _set_kernel(-1)
-    if split is not None:
-        split_before = _set_split(SPLITS.index(split))
-    elif name == "auto":
-        split_before = _set_split(-1)
-    if launch is not None:
-        launch_before = _set_launch(-1 if launch == "auto" else _cuda.LAUNCHES.index(launch))
-    elif name == "auto" and _cuda.loaded():
-        launch_before = _set_launch(-1)
+    # Each wish with its names, what sets it, and what "auto" sets.
+    options: list[tuple[str | None, tuple[str, ...], Callable[[int], int], int]] = [
+        (isa, ISAS, _set_isa, _initial_isa),
+        (None if on_cuda else kernel, KERNELS, _set_kernel, -1),
+        (split, SPLITS, _set_split, -1),
+    ]
+    if _cuda.loaded():
+        options += [
+            (launch, _cuda.LAUNCHES, _set_launch, -1),
+            (kernel if on_cuda else None, _cuda.KERNELS, _set_cuda_kernel, -1),
+        ]
+    wishes = []
+    for wish, choices, set_wish, none in options:
+        if wish == "auto" or (wish is None and name == "auto"):
+            wishes.append((set_wish, set_wish(none)))
+        elif wish is not None:
+            wishes.append((set_wish, set_wish(choices.index(wish))))
     before, forced = forced, name
-    return EngineScope((before, isa_before, kernel_before, split_before, launch_before))
+    return EngineScope(before, wishes)
 
 
 def _isa_from_environment() -> int:
@@ -245,6 +258,11 @@ def wished_launch() -> int:
 def launch_is_forced() -> bool:
     """Whether use_engine chose how the CUDA engine launches."""
     return _launch_wish >= 0
+
+
+def wished_cuda_kernel() -> int:
+    """The index of the CUDA engine's kernel that use_engine chose, or -1."""
+    return _cuda_kernel_wish
 
 
 def choose_group(
@@ -323,7 +341,8 @@ def last_run() -> dict[str, str | int | None]:
 
     Returns:
         ``engine`` ("cpu", "cuda", "reference", or None before the first run); of the CUDA engine
-        ``device`` (as "sm_90"), ``launch`` ("plain" or "pdl") and ``streams``; of the CPU engine
+        ``device`` (as "sm_90"), ``kernel`` ("step" or "onchip"), ``launch`` ("plain" or "pdl")
+        and ``streams``; of the CPU engine
         ``isa`` (that of the kernels: ``"avx512"`` where ``"amx"`` or ``"avx512_bf16"`` have none
         of their own), ``threads`` (number of threads; 1 where the pool had no others, or had kept
         this thread waiting just before), ``split`` ("serial", "batch", "units", "directions" or
@@ -339,7 +358,7 @@ def last_run() -> dict[str, str | int | None]:
     counts = _counts()
     keys = (
         *("engine", "isa", "threads", "split", "kernel_ih", "kernel_hh"),
-        *("device", "launch", "streams"),
+        *("device", "kernel", "launch", "streams"),
     )
     ran: dict[str, str | int | None] = dict.fromkeys(keys)
     if getattr(_local, "reference_at", None) == counts:
@@ -348,6 +367,7 @@ def last_run() -> dict[str, str | int | None]:
         ran.update(
             engine="cuda",
             device=f"sm_{_cuda.last_run(4)}",
+            kernel=_cuda.KERNELS[_cuda.last_run(6)],
             launch=_cuda.LAUNCHES[_cuda.last_run(2)],
             streams=_cuda.last_run(3),
         )

@@ -37,7 +37,8 @@ class Row:
             ``"directions"`` or ``"layers"`` where those of a layer run side by side (on a GPU: on
             streams)
         kernel: where the products take their weights: ``"packed"`` or ``"direct"``; input side
-            and hidden side if they differ. On a GPU ``"step"``, a product and a kernel a step
+            and hidden side if they differ. On a GPU ``"step"``, a product and a kernel a step, or
+            ``"onchip"``, where w_hh stays on the chip
         reason: why; where there was a choice, with the microseconds that the cost model gives a
             forward pass under each split
     """
@@ -142,31 +143,42 @@ def _cuda_row(
         why = f"{kept} is for the CPU engine"
     if why:
         return Row(name, shape, "none", "-", 0, "-", "-", f"no engine can run on {device}: {why}")
-    major, minor = torch.cuda.get_device_capability(device)
-    first = (*sizes[:2], sizes[2] if beside is None else beside.input_size, *sizes[3:])
-    count, chained = (1, False) if beside is None else (beside.count, beside.chained)
-    launch, streams, steps = _cuda.choose(
-        spec.id, first, dtype.itemsize, 10 * major + minor, count, chained, engine.wished_launch()
+    properties = torch.cuda.get_device_properties(device)
+    major, minor = properties.major, properties.minor
+    tf32 = dtype == torch.float32 and _cuda.is_tf32_allowed()
+    passes = _cuda.Passes(
+        spec.id,
+        (*sizes[:2], sizes[2] if beside is None else beside.input_size, *sizes[3:]),
+        dtype.itemsize,
+        10 * major + minor,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        *((1, False) if beside is None else (beside.count, beside.chained)),
+        tf32=tf32,
     )
-    split = "-" if streams == 1 else "layers" if chained else "directions"
+    wish = engine.wished_cuda_kernel()
+    if wish == _cuda.KERNELS.index("onchip") and (why := passes.why_not_onchip()):
+        return Row(name, shape, "none", "-", 0, "-", "-", f"{why} (use_engine forces it)")
+    launch, streams, steps, kernel = passes.choose(engine.wished_launch(), wish)
+    split = "-" if streams == 1 else "layers" if passes.chained else "directions"
     if spec.diagonal:
         parts = ["all steps with the same rows in one launch: the recurrence has no product"]
+    elif kernel == "onchip":
+        parts = ["w_hh stays on the chip for all steps, forced by use_engine"]
     else:
         parts = ["a cuBLAS product and one kernel a step"]
+        parts[0] += ", forced by use_engine" if wish >= 0 else ""
     parts.append(
         "launches are "
         + ("programmatic dependent" if launch == "pdl" else "plain")
         + (", forced by use_engine" if engine.launch_is_forced() else "")
     )
     if dtype == torch.float32:
-        parts.append(
-            f"products in {'TF32' if _cuda.is_tf32_allowed() else 'float32'}, as nn.LSTM's"
-        )
+        parts.append(f"products in {'TF32' if tf32 else 'float32'}, as nn.LSTM's")
     whole = steps >= sizes[0]
     parts.append(f"the input projection takes {'all' if whole else steps} steps at once")
     if streams > 1:
         parts.append(f"{streams} streams of torch's pool")
-    return Row(name, shape, "cuda", f"sm_{major}{minor}", 0, split, "step", "; ".join(parts))
+    return Row(name, shape, "cuda", f"sm_{major}{minor}", 0, split, kernel, "; ".join(parts))
 
 
 def _row(

@@ -15,6 +15,7 @@ import pytest
 import tolerance
 import torch
 from cases import Case
+from passes import at_once, one_by_one, passes_of
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -88,88 +89,6 @@ def test_halves(case: Case) -> None:
 
 
 # --------------------------------------------------------------------------- whole passes
-
-
-def passes_of(
-    cell: int, count: int, chained: bool, *, proj: bool = False, packed: bool = False,
-    dtype: torch.dtype = torch.float64, steps: int = 37, state: bool = True, reset: bool = True,
-) -> tuple[Tensor, list[dict[str, Any]], Tensor | None]:  # fmt: skip
-    """x, what each pass is given, and batch_sizes."""
-    spec = CELLS[cell]
-    torch.manual_seed(cell)
-    batch, inputs, hidden = 3, 4, 5
-    out = 2 if proj else hidden
-    sizes = None
-    if packed:
-        sizes = torch.tensor([max(1, batch - t * batch // steps) for t in range(steps)])
-    rows = steps * batch if sizes is None else int(sizes.sum())
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=dtype) * 0.3
-
-    x = numbers(rows, inputs) if packed else numbers(steps, batch, inputs)
-    passes = []
-    for i in range(count):
-        below = out if chained and i > 0 else inputs
-        gates = spec.gates * hidden
-        mask = torch.rand(rows) < 0.2
-        passes.append(
-            {
-                "h0": numbers(batch, out) if state else None,
-                "c0": numbers(spec.states - 1, batch, hidden) if state else None,
-                "w_ih": numbers(gates, below),
-                "w_hh": numbers(hidden) if spec.diagonal else numbers(gates, out),
-                "b_ih": numbers(gates),
-                "b_hh": numbers(gates),
-                "w_hr": numbers(out, hidden) if proj else None,
-                "reset": (mask if packed else mask.view(steps, batch)) if reset else None,
-            }
-        )
-    return x, passes, sizes
-
-
-def one_by_one(
-    ops: Any, x: Tensor, passes: list[dict[str, Any]], sizes: Tensor | None, cell: int,
-    chained: bool,
-) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """Results of forward and of backward of all passes, in the group operators' order."""
-    forward: list[tuple[Tensor, ...]] = []
-    for i, p in enumerate(passes):
-        given = forward[-1][0] if chained and i else x
-        *t, reset = p.values()
-        forward.append(
-            ops.forward(given, *t, sizes, reset, None, cell, not chained and i == 1, True)
-        )
-    grads: list[Any] = [None] * len(passes)
-    dy = None
-    for i in reversed(range(len(passes))):
-        y, h_n, c_n, saved = forward[i]
-        if not chained or dy is None:
-            dy = torch.cos(y)
-        *t, reset = passes[i].values()
-        given = forward[i - 1][0] if chained and i else x
-        needs = 255 if passes[i]["w_hr"] is not None else 127
-        grads[i] = ops.backward(
-            dy, torch.sin(h_n), torch.sin(c_n), given, *t, sizes, reset, y, saved, cell,
-            not chained and i == 1, needs,
-        )  # fmt: skip
-        dy = grads[i][0] if chained else None
-    return [t for out in forward for t in out], [t for g in grads for t in g]
-
-
-def at_once(
-    ops: Any, x: Tensor, passes: list[dict[str, Any]], sizes: Tensor | None, cell: int,
-    chained: bool,
-) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    given = [t for p in passes for t in (*p.values(), None)]
-    forward = ops.forward_group(x, given, sizes, cell, chained, True)
-    tensors = []
-    for i, p in enumerate(passes):
-        y, h_n, c_n, saved = forward[4 * i : 4 * i + 4]
-        dy = torch.cos(y) if not chained or i + 1 == len(passes) else None
-        tensors += [*p.values(), y, saved, dy, torch.sin(h_n), torch.sin(c_n)]
-    needs = [255 if p["w_hr"] is not None else 127 for p in passes]
-    return forward, ops.backward_group(x, tensors, sizes, cell, chained, needs)
 
 
 def close(a: list[Tensor], b: list[Tensor]) -> None:
@@ -250,7 +169,7 @@ def test_a_failed_launch_is_told(after: int, chained: bool) -> None:
     x, passes, sizes = passes_of(1, 2, chained, dtype=torch.float32)
     DEVICE.set(LAUNCHES_LEFT, after)
     words = (
-        r"rnnfast: the CUDA step engine failed in forward_steps \(gru, float32, "
+        r"rnnfast: the CUDA engine failed in forward_steps \(gru, float32, "
         r"T=37 B=3 I=4 H=5\): cudaErrorUnknown"
     )
     with pytest.raises(RuntimeError, match=words):
@@ -338,19 +257,23 @@ CHOICES = [
 
 @pytest.mark.parametrize(("given", "wanted"), CHOICES)
 def test_choose_cuda(given: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
-    assert _cuda.choose(*given) == wanted
+    *passes, count, chained, wish = given
+    assert _cuda.Passes(*passes, 0, count, chained).choose(wish)[:3] == wanted
 
 
 def test_choose_cuda_refuses() -> None:
     sizes = (10, 4, 8, 8, 8)
     with pytest.raises(RuntimeError, match="capability 8.0 or higher, got 7.0"):
-        _cuda.choose(0, sizes, 4, 70)
+        _cuda.Passes(0, sizes, 4, 70).choose()
+    passes = _cuda.Passes(0, sizes, 4, 90)
     with pytest.raises(RuntimeError, match="launch must be -1"):
-        _cuda.choose(0, sizes, 4, 90, launch=2)
+        passes.choose(launch=2)
+    with pytest.raises(RuntimeError, match="kernel must be -1"):
+        passes.choose(kernel=2)
     with pytest.raises(RuntimeError, match="count must be in"):
-        _cuda.choose(0, sizes, 4, 90, count=0)
+        _cuda.Passes(0, sizes, 4, 90, count=0).choose()
     with pytest.raises(RuntimeError, match="field must be 0"):
-        CPU.choose_cuda(3, 90, -1, 1, False, 0, *sizes, 4)
+        CPU.choose_cuda(4, 90, 0, -1, -1, False, 1, False, False, 0, *sizes, 4)
 
 
 # --------------------------------------------------------------------------- the way there

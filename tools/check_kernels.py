@@ -1,7 +1,8 @@
 """Reads ptxas's report from the log of a build: ``python tools/check_kernels.py LOG``.
 
-Every kernel that the engine has must be there, for every cell and dtype, without spills and stack,
-and with registers for at least four blocks a multiprocessor (three with float64).
+Every kernel that the engine has must be there, for every cell, dtype and tile, without spills and
+stack, and with registers for at least four blocks a multiprocessor (three with float64; of the
+on-chip kernels, which fill one, for one).
 """
 
 from __future__ import annotations
@@ -20,8 +21,18 @@ CELLS = {
     "indrnn_relu": "RnnCell<Relu, diagonal>",
 }
 DTYPES = ("float", "double", "Float16", "BFloat16")
-# Of the 65,536 that a multiprocessor has, for blocks of 256 threads.
-MOST_REGISTERS, MOST_WITH_DOUBLE = 64, 80
+# What csrc/core/onchip_tiles.h lists, and the cells and dtypes that a tile serves.
+TILES = Path(__file__).resolve().parents[1] / "csrc" / "core" / "onchip_tiles.h"
+TILE = re.compile(r"use\((\d), (\w+), +(\w+), +(\d+), +(\d+), +(\d+)\)")
+OF_GATES = {
+    "4": ("LstmCell",),
+    "3": ("GruCell",),
+    "1": ("RnnCell<Tanh, dense>", "RnnCell<Relu, dense>"),
+}
+OF_OPERAND = {"kHalf": ("Float16", "BFloat16"), "kTf32": ("float",)}
+# Of the 65,536 that a multiprocessor has, for blocks of 256 threads. An on-chip kernel has what its
+# launch bounds leave, which ptxas keeps.
+MOST_REGISTERS, MOST_WITH_DOUBLE, MOST_ON_CHIP = 64, 80, 255
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
@@ -29,6 +40,20 @@ ENTRY = re.compile(
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
+
+
+def onchip() -> set[str]:
+    kernels = set()
+    for gates, operand, backward, hidden, units, kept in TILE.findall(TILES.read_text()):
+        name, sizes = ("onchip_forward", f"{hidden}, {units}, {kept}")
+        if backward == "true":
+            name, sizes = "onchip_backward", f"{hidden}, {kept}"
+        kernels |= {
+            f"{name}<{cell}, {dtype}, {sizes}>"
+            for cell in OF_GATES[gates]
+            for dtype in OF_OPERAND[operand]
+        }
+    return kernels
 
 
 def expected() -> set[str]:
@@ -44,14 +69,16 @@ def expected() -> set[str]:
         for dtype in DTYPES
     }
     wide = {"double": "double"}
-    return steps | rows | {f"copy_rows<{wide.get(dtype, 'float')}, {dtype}>" for dtype in DTYPES}
+    copies = {f"copy_rows<{wide.get(dtype, 'float')}, {dtype}>" for dtype in DTYPES}
+    return steps | rows | copies | {"copy_offsets"} | onchip()
 
 
 def plain(demangled: str) -> str:
     """The name and its arguments, without namespaces and casts."""
     text = re.sub(r"(rnnfast|cuda|\(anonymous namespace\)|_GLOBAL__N__\w+)::", "", demangled)
     text = re.sub(r"\(Recurrence\)0", "dense", re.sub(r"\(Recurrence\)1", "diagonal", text))
-    found = re.search(r"(\w+<.*>)\(", text)
+    text = re.sub(r"\((?:int|bool)\)(\w+)", r"\1", text)
+    found = re.search(r"(\w+<.*>)\(", text) or re.search(r"(\w+)\(", text)
     return found.group(1) if found else text
 
 
@@ -70,6 +97,7 @@ def main(log: Path) -> int:
                 f"{entry['loads']} bytes"
             )
         allowed = MOST_WITH_DOUBLE if "double" in name else MOST_REGISTERS
+        allowed = MOST_ON_CHIP if name.startswith("onchip_") else allowed
         if int(entry["registers"]) > allowed:
             faults.append(f"{what}: {entry['registers']} registers, {allowed} allowed")
     if not archs:

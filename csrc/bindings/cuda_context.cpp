@@ -111,12 +111,17 @@ CudaContext::~CudaContext() {
 
 CudaDevice CudaContext::device() const {
   int major = 0, minor = 0;
-  for (const auto& [attribute, number] : {std::pair{cudaDevAttrComputeCapabilityMajor, &major},
-                                          std::pair{cudaDevAttrComputeCapabilityMinor, &minor}})
+  CudaDevice device{};
+  for (const auto& [attribute, number] :
+       {std::pair{cudaDevAttrComputeCapabilityMajor, &major},
+        std::pair{cudaDevAttrComputeCapabilityMinor, &minor},
+        std::pair{cudaDevAttrMultiProcessorCount, &device.multiprocessors},
+        std::pair{cudaDevAttrMaxSharedMemoryPerBlockOptin, &device.shared_bytes}})
     if (const cudaError_t status = cudaDeviceGetAttribute(number, attribute, place_.index);
         status != cudaSuccess)
-      fail_cuda("tell the compute capability of", status);
-  return {10 * major + minor};
+      fail_cuda("tell the attributes of", status);
+  device.capability = 10 * major + minor;
+  return device;
 }
 
 const CudaStream* CudaContext::streams(int count) {

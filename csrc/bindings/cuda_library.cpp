@@ -4,12 +4,14 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def("cuda_set_launch(int launch) -> int");
+  m.def("cuda_set_kernel(int kernel) -> int");
   m.def("cuda_last_run(int field) -> int");
   m.def("cuda_ask_for_tf32() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {
   m.impl("cuda_set_launch", TORCH_BOX(&rnnfast::cuda_set_launch));
+  m.impl("cuda_set_kernel", TORCH_BOX(&rnnfast::cuda_set_kernel));
   m.impl("cuda_last_run", TORCH_BOX(&rnnfast::cuda_last_run));
   m.impl("cuda_ask_for_tf32", TORCH_BOX(&rnnfast::ask_torch_for_tf32));
 }

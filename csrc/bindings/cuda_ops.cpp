@@ -8,7 +8,7 @@
 namespace rnnfast {
 namespace {
 
-std::atomic<int> wished_launch{-1};
+std::atomic<int> wished_launch{-1}, wished_kernel{-1};
 
 struct LastCudaRun {
   int64_t runs = 0, time = 0;
@@ -39,8 +39,12 @@ void run(const std::vector<Args>& passes, const std::vector<Shape>& shapes,
   const std::string why = why_not_cuda(device);
   if (!why.empty()) fail(why);
   const int count = static_cast<int>(passes.size()), cell = shapes[0].cell;
-  const CudaChoice choice =
-      choose_cuda({shapes.data(), count, chained, backward}, device, {wished_launch});
+  const Group group{shapes.data(), count, chained, backward};
+  const CudaWish wish{wished_launch, wished_kernel, tf32};
+  if (wish.kernel == static_cast<int>(CudaKernel::kOnchip))
+    if (const std::string forced = why_not_onchip(group, device, tf32); !forced.empty())
+      fail(forced + " (use_engine forces the on-chip kernel)");
+  const CudaChoice choice = choose_cuda(group, device, wish);
   const Tensor room = empty({room_of(cell, choice, passes.data(), count)}, ScalarType::Byte, place);
   const CudaStream* streams = context.streams(choice.streams);
   engine({cell, choice, context.blas(tf32), streams, out<char>(room)}, passes.data(), count,
@@ -143,6 +147,12 @@ int64_t cuda_set_launch(int64_t launch) {
   return wished_launch.exchange(static_cast<int>(launch));
 }
 
+int64_t cuda_set_kernel(int64_t kernel) {
+  if (kernel < -1 || kernel > 1)
+    fail("kernel must be -1 (automatic), 0 (step) or 1 (onchip), got " + std::to_string(kernel));
+  return wished_kernel.exchange(static_cast<int>(kernel));
+}
+
 int64_t cuda_last_run(int64_t field) {
   switch (field) {
     case 0: return last_run.runs;
@@ -151,10 +161,12 @@ int64_t cuda_last_run(int64_t field) {
     case 3: return last_run.choice.streams;
     case 4: return last_run.capability;
     case 5: return last_run.tf32;
+    case 6:
+      return static_cast<int64_t>(last_run.choice.tile ? CudaKernel::kOnchip : CudaKernel::kStep);
   }
   fail(
-      "field must be 0 (runs), 1 (time), 2 (launch), 3 (streams), 4 (compute capability) or 5 "
-      "(TF32), got " +
+      "field must be 0 (runs), 1 (time), 2 (launch), 3 (streams), 4 (compute capability), 5 (TF32) "
+      "or 6 (kernel), got " +
       std::to_string(field));
 }
 

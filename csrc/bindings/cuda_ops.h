@@ -22,8 +22,10 @@ std::vector<Tensor> cuda_backward_group_op(Tensor x, Tensors passes, OptionalTen
 
 // The wished Launch of the process (-1: the library's choice). Gives the wish before.
 int64_t cuda_set_launch(int64_t launch);
+// The wished CudaKernel, likewise. A call that it can't run fails.
+int64_t cuda_set_kernel(int64_t kernel);
 // Of this thread's last call: 0 runs, 1 nanoseconds of the steady clock, 2 launch, 3 streams,
-// 4 compute capability, 5 whether products used TF32.
+// 4 compute capability, 5 whether products used TF32, 6 kernel.
 int64_t cuda_last_run(int64_t field);
 
 }  // namespace rnnfast

@@ -116,26 +116,55 @@ double choose_group_op(int64_t field, int64_t count, bool chained, bool backward
   return fields[field];
 }
 
+// The passes of a question about the CUDA engine, and what it is to run them on.
+struct CudaQuestion {
+  std::vector<Shape> shapes;
+  Group group;
+  CudaDevice device;
+
+  CudaQuestion(int64_t capability, int64_t shared_bytes, int64_t count, bool chained, bool backward,
+               const Shape& first)
+      : shapes(shapes_of(count, chained, first)),
+        group{shapes.data(), static_cast<int>(count), chained, backward},
+        device{static_cast<int>(capability), 0, static_cast<int>(shared_bytes)} {
+    device.multiprocessors = 1;  // no tile that has a kernel needs more
+    const std::string why = why_not_cuda(device);
+    if (!why.empty()) fail(why);
+  }
+};
+
 // What the CUDA engine does with such passes on a device of a compute capability (10 * major +
-// minor), with a wished Launch or -1: its Launch (field 0), streams (1), steps of an input
-// projection (2). No device is needed to ask.
-int64_t choose_cuda_op(int64_t field, int64_t capability, int64_t launch, int64_t count,
-                       bool chained, int64_t cell, int64_t T, int64_t B, int64_t I, int64_t H,
-                       int64_t P, int64_t itemsize) {
-  if (field < 0 || field > 2)
-    fail("field must be 0 (launch), 1 (streams) or 2 (steps), got " + std::to_string(field));
-  if (launch < -1 || launch > 1)
-    fail("launch must be -1 (automatic), 0 (plain) or 1 (pdl), got " + std::to_string(launch));
-  const auto shapes =
-      shapes_of(count, chained, checked_shape(cell, T, B, I, H, P, itemsize, 1, false));
-  const CudaDevice device{static_cast<int>(capability)};
-  const std::string why = why_not_cuda(device);
-  if (!why.empty()) fail(why);
-  const CudaChoice choice = choose_cuda({shapes.data(), static_cast<int>(count), chained, false},
-                                        device, {static_cast<int>(launch)});
-  const int64_t fields[] = {static_cast<int64_t>(choice.launch), choice.streams,
-                            choice.chunk_steps};
+// minor) and so much shared memory a block, with a wished Launch and CudaKernel or -1: its Launch
+// (field 0), streams (1), steps of an input projection (2), CudaKernel (3). No device is needed to
+// ask.
+int64_t choose_cuda_op(int64_t field, int64_t capability, int64_t shared_bytes, int64_t launch,
+                       int64_t kernel, bool tf32, int64_t count, bool chained, bool backward,
+                       int64_t cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,
+                       int64_t itemsize) {
+  if (field < 0 || field > 3)
+    fail("field must be 0 (launch), 1 (streams), 2 (steps) or 3 (kernel), got " +
+         std::to_string(field));
+  for (const auto& [name, wish, text] : {std::tuple{"launch", launch, "0 (plain) or 1 (pdl)"},
+                                         std::tuple{"kernel", kernel, "0 (step) or 1 (onchip)"}})
+    if (wish < -1 || wish > 1)
+      fail(std::string(name) + " must be -1 (automatic), " + text + ", got " +
+           std::to_string(wish));
+  const CudaQuestion question(capability, shared_bytes, count, chained, backward,
+                              checked_shape(cell, T, B, I, H, P, itemsize, 1, false));
+  const CudaChoice choice = choose_cuda(question.group, question.device,
+                                        {static_cast<int>(launch), static_cast<int>(kernel), tf32});
+  const int64_t fields[] = {static_cast<int64_t>(choice.launch), choice.streams, choice.chunk_steps,
+                            choice.tile ? 1 : 0};
   return fields[field];
+}
+
+// Why such passes can't be kept on chip, or an empty string.
+std::string why_not_onchip_op(int64_t capability, int64_t shared_bytes, bool tf32, int64_t count,
+                              bool chained, bool backward, int64_t cell, int64_t T, int64_t B,
+                              int64_t I, int64_t H, int64_t P, int64_t itemsize) {
+  const CudaQuestion question(capability, shared_bytes, count, chained, backward,
+                              checked_shape(cell, T, B, I, H, P, itemsize, 1, false));
+  return why_not_onchip(question.group, question.device, tf32);
 }
 
 }  // namespace
@@ -155,8 +184,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
       "choose_group(int field, int count, bool chained, bool backward, int cell, int T, int B, int "
       "I, int H, int P, int itemsize, int threads, bool packed=False) -> float");
   m.def(
-      "choose_cuda(int field, int capability, int launch, int count, bool chained, int cell, int "
-      "T, int B, int I, int H, int P, int itemsize) -> int");
+      "choose_cuda(int field, int capability, int shared_bytes, int launch, int kernel, bool tf32, "
+      "int count, bool chained, bool backward, int cell, int T, int B, int I, int H, int P, int "
+      "itemsize) -> int");
+  m.def(
+      "why_not_onchip(int capability, int shared_bytes, bool tf32, int count, bool chained, bool "
+      "backward, int cell, int T, int B, int I, int H, int P, int itemsize) -> str");
   m.def(
       "estimate(int split, int cell, int T, int B, int I, int H, int P, int itemsize, int threads, "
       "bool packed=False) "
@@ -171,6 +204,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {
   m.impl("choose", TORCH_BOX(&rnnfast::choose));
   m.impl("estimate", TORCH_BOX(&rnnfast::estimate_op));
   m.impl("choose_cuda", TORCH_BOX(&rnnfast::choose_cuda_op));
+  m.impl("why_not_onchip", TORCH_BOX(&rnnfast::why_not_onchip_op));
   m.impl("choose_group", TORCH_BOX(&rnnfast::choose_group_op));
   m.impl("set_split", TORCH_BOX(&rnnfast::set_split));
 }

@@ -3,6 +3,7 @@
 // after the loop.
 #pragma once
 
+#include "onchip_launch.h"
 #include "rows.cuh"
 #include "schedule.h"
 #include "stage.h"
@@ -17,9 +18,10 @@ class BackwardPass {
   using Args = BackwardArgs<scalar_t>;
   using acc_t = accumulator_of<scalar_t>;
 
-  BackwardPass(const Args& args, int64_t chunk_steps, Arena& arena)
+  BackwardPass(const Args& args, const CudaChoice& choice, Arena& arena)
       : args_(args),
-        schedule_(args, chunk_steps),
+        schedule_(args, choice.chunk_steps),
+        onchip_(args, choice.tile, arena),
         gate_rows_(Cell::kGates * args.hidden_size),
         planes_(Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0)),
         plain_(!args.reset && !args.h0 && !args.batch_sizes),
@@ -40,10 +42,13 @@ class BackwardPass {
   }
 
   const Schedule& schedule() const { return schedule_; }
-  void begin_chunk(Stage&, int64_t) {}
+  void begin_chunk(Stage& stage, int64_t chunk) {
+    if (chunk == 0) onchip_.begin(stage);
+  }
 
   // `index` counts from the last step down. The number of steps taken, below `end`.
   int64_t step(Stage& stage, int64_t index, int64_t end) {
+    if (onchip_) return on_chip(stage, index, end);
     const int64_t last = schedule_.steps() - 1;
     int64_t count = 1;
     if (kDiagonal)
@@ -150,6 +155,41 @@ class BackwardPass {
   static constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
   static constexpr int64_t kMostSlices = 512;
 
+  // All steps [index, end), counted from the last one down, in one launch.
+  int64_t on_chip(Stage& stage, int64_t index, int64_t end) {
+    if constexpr (has_tiles<Cell, scalar_t>()) {
+      const int64_t order = schedule_.steps() - 1 - index, earliest = schedule_.steps() - end;
+      const StepRows rows = schedule_.at(order), entry = schedule_.at(earliest);
+      OnchipBackward<scalar_t> p{};
+      p.steps = onchip_.steps(schedule_, args_.batch, order, end - index, false);
+      p.has_before = earliest > 0;
+      p.hidden = args_.hidden_size;
+      p.carried = rows.after;
+      p.taken = std::max(rows.rows, entry.rows);
+      p.goes_on = entry.before;
+      p.dy = args_.dy;
+      p.dh_n = args_.dh_n;
+      p.dc_n = args_.dc_n;
+      p.reset = args_.reset;
+      p.w_hh = args_.w_hh;
+      p.y = args_.y;
+      p.h0 = args_.h0;
+      p.c0 = args_.c0;
+      p.saved = args_.saved;
+      p.dh = dh_;
+      p.dc = dc_;
+      p.dgx = dgx_;
+      p.dgh = dgh_;
+      p.h_entered = h_entered_;
+      p.dh0 = args_.dh0;
+      p.dc0 = args_.dc0;
+      with_onchip_kernel<Cell, scalar_t, true>(onchip_.tile(), [&](auto kernel) {
+        onchip_.launch(stage, "onchip_backward", kernel, p);
+      });
+    }
+    return end - index;
+  }
+
   // dy of a step.
   Rows<const scalar_t> dy_of(int64_t order) const {
     Rows<const scalar_t> dy = args_.dy;
@@ -206,6 +246,7 @@ class BackwardPass {
 
   Args args_;
   Schedule schedule_;
+  OnchipRun onchip_;
   int64_t gate_rows_, planes_, slice_;
   bool plain_, keeps_h_;  // whether h as it entered is y of the step before; whether it is kept
   scalar_t *dgx_, *dgh_, *h_entered_, *dm_ = nullptr, *m_ = nullptr;

@@ -1,4 +1,4 @@
-// The CUDA step engine as the bindings see it: sizes of the room it needs, and the calls. Nothing
+// The CUDA engine as the bindings see it: sizes of the room it needs, and the calls. Nothing
 // here allocates, synchronises, or keeps anything between calls.
 #pragma once
 

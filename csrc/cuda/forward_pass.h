@@ -1,7 +1,8 @@
 // Forward of one direction of one layer: the input projection of a chunk of steps in one product,
-// then for each step a product with w_hh and the pointwise kernel.
+// then for each step a product with w_hh and the pointwise kernel, or all of them on chip.
 #pragma once
 
+#include "onchip_launch.h"
 #include "schedule.h"
 #include "stage.h"
 #include "step_forward.cuh"
@@ -15,17 +16,21 @@ class ForwardPass {
   using Args = ForwardArgs<scalar_t>;
   using acc_t = accumulator_of<scalar_t>;
 
-  ForwardPass(const Args& args, int64_t chunk_steps, Arena& arena)
-      : args_(args), schedule_(args, chunk_steps), gate_rows_(Cell::kGates * args.hidden_size) {
+  ForwardPass(const Args& args, const CudaChoice& choice, Arena& arena)
+      : args_(args),
+        schedule_(args, choice.chunk_steps),
+        onchip_(args, choice.tile, arena),
+        gate_rows_(Cell::kGates * args.hidden_size) {
     const int64_t H = args.hidden_size, B = args.batch;
-    gx_ = arena.take<acc_t>(std::min(args.rows, chunk_steps * B) * gate_rows_);
-    gh_ = arena.take<acc_t>(kDiagonal ? 0 : B * gate_rows_);
+    gx_ = arena.take<acc_t>(std::min(args.rows, choice.chunk_steps * B) * gate_rows_);
+    gh_ = arena.take<acc_t>(kDiagonal || onchip_ ? 0 : B * gate_rows_);
     m_ = arena.take<scalar_t>(args.w_hr ? B * H : 0);
-    carry_ = arena.take<acc_t>((Cell::kStates - 1 + kWideH) * B * H);
+    carry_ = arena.take<acc_t>((Cell::kStates - 1 + (kWideH || onchip_)) * B * H);
   }
 
   const Schedule& schedule() const { return schedule_; }
   void begin_chunk(Stage& stage, int64_t chunk) {
+    if (chunk == 0) onchip_.begin(stage);
     const StepRows rows = schedule_.all(schedule_.first_of(chunk), schedule_.end_of(chunk));
     chunk_row_ = rows.first_row;
     stage.rows_by_rows(rows.rows, gate_rows_, args_.input_size,
@@ -35,6 +40,7 @@ class ForwardPass {
 
   // The step `order` and those that one launch takes with it, below `end`; their number.
   int64_t step(Stage& stage, int64_t order, int64_t end) {
+    if (onchip_) return on_chip(stage, order, end);
     const int64_t count = kDiagonal ? schedule_.alike(order, end) : 1;
     const StepRows rows = schedule_.at(order);
     const int64_t H = args_.hidden_size, P = args_.output_size;
@@ -77,6 +83,35 @@ class ForwardPass {
  private:
   static constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
   static constexpr bool kWideH = ForwardUnit<Cell, scalar_t>::kWideH;
+  static constexpr bool kHasTiles = has_tiles<Cell, scalar_t>();
+
+  // All steps [begin, end) in one launch.
+  int64_t on_chip(Stage& stage, int64_t begin, int64_t end) {
+    if constexpr (kHasTiles) {
+      OnchipForward<scalar_t> p{};
+      p.steps = onchip_.steps(schedule_, args_.batch, begin, end - begin, true);
+      p.hidden = args_.hidden_size;
+      p.carried = schedule_.at(begin).before;
+      p.taken = std::max(schedule_.at(begin).rows, schedule_.at(end - 1).rows);
+      p.goes_on = schedule_.at(end - 1).after;
+      p.gx = gx_;
+      p.gx_row = chunk_row_;
+      p.w_hh = args_.w_hh;
+      p.b_ih = args_.b_ih;
+      p.b_hh = args_.b_hh;
+      p.h0 = args_.h0;
+      p.c0 = args_.c0;
+      p.reset = args_.reset;
+      p.carry = carry_;
+      p.y = args_.y;
+      p.h_n = args_.h_n;
+      p.c_n = args_.c_n;
+      p.saved = args_.saved;
+      with_onchip_kernel<Cell, scalar_t, false>(
+          onchip_.tile(), [&](auto kernel) { onchip_.launch(stage, "onchip_forward", kernel, p); });
+    }
+    return end - begin;
+  }
 
   // gh = h w_hh^T of the rows that have an h: from y of the step before, and from h0.
   bool multiply(Stage& stage, const StepRows& rows, const scalar_t* before) {
@@ -98,6 +133,7 @@ class ForwardPass {
 
   Args args_;
   Schedule schedule_;
+  OnchipRun onchip_;
   int64_t gate_rows_, chunk_row_ = 0;
   acc_t *gx_, *gh_, *carry_;
   scalar_t* m_;

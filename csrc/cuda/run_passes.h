@@ -17,7 +17,7 @@ template <class Pass>
 Passes<Pass> passes_of(const typename Pass::Args* args, int count, const CudaChoice& choice,
                        Arena& arena) {
   Passes<Pass> passes;
-  for (int i = 0; i < count; ++i) passes.emplace_back(args[i], choice.chunk_steps, arena);
+  for (int i = 0; i < count; ++i) passes.emplace_back(args[i], choice, arena);
   return passes;
 }
 

@@ -50,9 +50,10 @@ class Schedule {
     return count;
   }
   bool packed() const { return sizes_ != nullptr; }
+  bool reverse() const { return reverse_; }
+  int64_t time(int64_t order) const { return reverse_ ? steps_ - 1 - order : order; }
 
  private:
-  int64_t time(int64_t order) const { return reverse_ ? steps_ - 1 - order : order; }
   int64_t rows_at(int64_t order) const { return sizes_ ? sizes_[time(order)] : batch_; }
   int64_t first_row(int64_t order) const {
     return sizes_ ? offsets_[time(order)] : time(order) * batch_;

@@ -57,7 +57,7 @@ struct Subject {
             args.batch,           args.input_size,     args.hidden_size};
   }
   [[noreturn]] void fail(const char* where, const std::string& why) const {
-    throw std::runtime_error(std::string("rnnfast: the CUDA step engine failed in ") + where +
+    throw std::runtime_error(std::string("rnnfast: the CUDA engine failed in ") + where +
                              " (" + cell + ", " + dtype + ", T=" + std::to_string(seq_len) +
                              " B=" + std::to_string(batch) + " I=" + std::to_string(input_size) +
                              " H=" + std::to_string(hidden_size) + "): " + why);
@@ -114,6 +114,22 @@ class Stage {
       config.attrs = &attribute;
       config.numAttrs = 1;
     }
+    follows_event_ = false;
+    subject_.check(cudaLaunchKernelEx(&config, kernel, args), name);
+  }
+  // Blocks of threads that share memory.
+  template <class Args>
+  void launch_blocks(const char* name, void (*kernel)(Args), const Args& args, int64_t blocks,
+                     int64_t threads, int shared_bytes) {
+    if (blocks == 0) return;
+    subject_.check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+        name);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream_.stream;
     follows_event_ = false;
     subject_.check(cudaLaunchKernelEx(&config, kernel, args), name);
   }

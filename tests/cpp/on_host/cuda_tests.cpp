@@ -2,6 +2,7 @@
 // that reads or writes beside a buffer is found here. Results are compared with the CPU engine's.
 #include "../layers.h"
 #include "cpu/dispatch.h"
+#include "cuda/convert.cuh"
 #include "cuda/engine.h"
 #include "device.h"
 
@@ -14,13 +15,17 @@ constexpr int kMostStreams = 4;
 // Runs a call on a device of its own: scratch memory of exactly the size asked for, filled.
 template <class Args, class Room, class Run>
 void on_device(int cell, std::vector<Args>& passes, bool chained, bool backward, unsigned seed,
-               const Room& room_of, const Run& run) {
+               const Room& room_of, const Run& run, CudaKernel kernel = CudaKernel::kStep,
+               int itemsize = 8) {
   const int count = static_cast<int>(passes.size());
   std::vector<Shape> shapes;
   for (const Args& a : passes)
     shapes.push_back(
-        {cell, a.seq_len, a.batch, a.input_size, a.hidden_size, a.output_size, a.rows, 8});
-  CudaChoice choice = choose_cuda({shapes.data(), count, chained, backward}, {90}, {});
+        {cell, a.seq_len, a.batch, a.input_size, a.hidden_size, a.output_size, a.rows, itemsize});
+  CudaChoice choice =
+      choose_cuda({shapes.data(), count, chained, backward},
+                  {90, 132, on_host::settings.shared_bytes}, {-1, static_cast<int>(kernel), true});
+  check((choice.tile != nullptr) == (kernel == CudaKernel::kOnchip), "the wished kernel");
   choice.chunk_steps = std::min<int64_t>(choice.chunk_steps, 1 + seed % 5);
   std::vector<char> room(room_of(cell, choice, passes.data(), count), char(0xfe));
   CudaStream streams[kMostStreams] = {};
@@ -122,14 +127,25 @@ void check_passes(std::vector<Layer> layers, bool chained, const std::string& wh
   }
 }
 
-// Another type: zeros in, so that only the places of reads and writes are tested.
 template <class scalar_t>
-void check_places(const Layer& layer) {
+std::vector<scalar_t> narrowed(const Values& values) {
+  std::vector<scalar_t> to(values.size());
+  for (size_t i = 0; i < values.size(); ++i)
+    RNNFAST_TARGET::narrow(static_cast<float>(values[i]), to[i]);
+  return to;
+}
+template <class scalar_t>
+void append(Values& to, const std::vector<scalar_t>& values) {
+  for (const scalar_t& value : values) to.push_back(RNNFAST_TARGET::widen(value));
+}
+
+// Everything that forward and backward of a type give, in buffers of exactly their sizes.
+template <class scalar_t>
+Values results(const Layer& layer, CudaKernel kernel, unsigned seed) {
   using acc_t = accumulator_of<scalar_t>;
-  const auto zeros = [](const Values& like) { return std::vector<scalar_t>(like.size()); };
-  auto x = zeros(layer.x), h0 = zeros(layer.h0), c0 = zeros(layer.c0), w_ih = zeros(layer.w_ih),
-       w_hh = zeros(layer.w_hh), b_ih = zeros(layer.b_ih), b_hh = zeros(layer.b_hh),
-       w_hr = zeros(layer.w_hr);
+  const auto of = [](const Values& values) { return narrowed<scalar_t>(values); };
+  auto x = of(layer.x), h0 = of(layer.h0), c0 = of(layer.c0), w_ih = of(layer.w_ih),
+       w_hh = of(layer.w_hh), b_ih = of(layer.b_ih), b_hh = of(layer.b_hh), w_hr = of(layer.w_hr);
   std::vector<scalar_t> y(layer.rows() * layer.P), h_n(layer.B * layer.P), c_n(layer.c0.size());
   std::vector<acc_t> saved(layer.rows() * layer.planes() * layer.H);
   LayerArgs<double> sizes{};
@@ -148,10 +164,11 @@ void check_places(const Layer& layer) {
   fill(forward[0]);
   forward[0].y = y.data(), forward[0].h_n = h_n.data(), forward[0].c_n = c_n.data(),
   forward[0].saved = saved.data();
-  on_device(layer.cell, forward, false, false, 3, forward_room<scalar_t>, cuda_forward<scalar_t>);
-  auto dx = zeros(layer.x), dh0 = zeros(layer.h0), dc0 = zeros(layer.c0), dw_ih = zeros(layer.w_ih),
-       dw_hh = zeros(layer.w_hh), db_ih = zeros(layer.b_ih), db_hh = zeros(layer.b_hh),
-       dw_hr = zeros(layer.w_hr);
+  on_device(layer.cell, forward, false, false, seed, forward_room<scalar_t>, cuda_forward<scalar_t>,
+            kernel, sizeof(scalar_t));
+  auto dx = of(layer.x), dh0 = of(layer.h0), dc0 = of(layer.c0), dw_ih = of(layer.w_ih),
+       dw_hh = of(layer.w_hh), db_ih = of(layer.b_ih), db_hh = of(layer.b_hh),
+       dw_hr = of(layer.w_hr);
   std::vector<BackwardArgs<scalar_t>> backward(1);
   auto& b = backward[0];
   fill(b);
@@ -160,8 +177,23 @@ void check_places(const Layer& layer) {
   b.dx = dx.data(), b.dh0 = dh0.data(), b.dc0 = dc0.data(), b.dw_ih = dw_ih.data(),
   b.dw_hh = dw_hh.data(), b.db_ih = db_ih.data(), b.db_hh = db_hh.data(),
   b.dw_hr = layer.w_hr.empty() ? nullptr : dw_hr.data();
-  on_device(layer.cell, backward, false, true, 3, backward_room<scalar_t>, cuda_backward<scalar_t>);
-  check(true, "places");
+  on_device(layer.cell, backward, false, true, seed, backward_room<scalar_t>,
+            cuda_backward<scalar_t>, kernel, sizeof(scalar_t));
+  Values all;
+  for (const auto* part : {&y, &h_n, &c_n, &dx, &dh0, &dc0, &dw_ih, &dw_hh, &db_ih, &db_hh, &dw_hr})
+    append(all, *part);
+  append(all, saved);
+  return all;
+}
+
+// Other types: either kernel, in chunks of any length.
+template <class scalar_t>
+void check_type(const Layer& layer, const std::string& what) {
+  const Values step = results<scalar_t>(layer, CudaKernel::kStep, 3);
+  if (cell_info(layer.cell).diagonal || !layer.w_hr.empty()) return;
+  for (unsigned seed = 0; seed < 5; ++seed)
+    check(near(results<scalar_t>(layer, CudaKernel::kOnchip, seed), step, 2e-2),
+          what + ": on chip, " + std::to_string(sizeof(scalar_t)) + " bytes");
 }
 
 }  // namespace
@@ -178,16 +210,16 @@ int main() {
       check_passes({down.with_resets(), up.with_resets()}, false, name + " directions, resets");
       check_passes({down, above, above.with_resets()}, true, name + " layers");
       for (const Layer& layer : {down, up.with_resets()}) {
-        check_places<float>(layer);
-        check_places<Float16>(layer);
-        check_places<BFloat16>(layer);
+        check_type<float>(layer, name);
+        check_type<Float16>(layer, name);
+        check_type<BFloat16>(layer, name);
       }
       if (cell_info(cell).states == 1) continue;
       const Layer narrow(cell, 7, 5, 3, 6, 2, uneven, false),
           back(cell, 7, 5, 3, 6, 2, uneven, true), next(cell, 7, 5, 2, 6, 2, uneven, false);
       check_passes({narrow.with_resets(), back}, false, name + " projected directions");
       check_passes({narrow, next.with_resets()}, true, name + " projected layers");
-      check_places<BFloat16>(back);
+      check_type<BFloat16>(back, name);
     }
   std::printf("%d passed, %d failed\n", checks - failures, failures);
   return failures == 0 ? 0 : 1;
