@@ -12,6 +12,8 @@ from typing import Any
 
 from . import shapes
 
+GPU_ENGINES = ("auto", "all", "step", "onchip")  # of --engine; the last two need a GPU
+
 
 def cores() -> list[int]:
     """One CPU of every physical core that this process may use."""
@@ -62,8 +64,8 @@ def typed(options: argparse.Namespace) -> str:
 
 
 def compare_on_gpu(options: argparse.Namespace) -> int:
-    if options.engine != "auto" or options.threads:
-        word = "--threads" if options.threads else "--engine"
+    if options.engine not in GPU_ENGINES or options.threads:
+        word = "--threads" if options.threads else f"--engine {options.engine}"
         raise ValueError(f"bench: {word} needs --device cpu, got --device cuda")
     from . import gpu_compare, gpu_report, gpu_shapes
     from .compare import commit
@@ -74,6 +76,7 @@ def compare_on_gpu(options: argparse.Namespace) -> int:
         budget=options.budget,
         rounds=options.rounds,
         peers=options.peers and tuple(n for word in options.peers for n in word.split(",")),
+        engine=options.engine,
         ours=options.ours,
         commit=options.commit or commit(),
         resume=options.resume,
@@ -94,6 +97,7 @@ def command_compare(options: argparse.Namespace) -> int:
     if options.device == "cuda":
         return compare_on_gpu(options)
     only = [name for name in ("budget", "commit", "resume") if getattr(options, name) is not None]
+    only += [f"engine {options.engine}"] * (options.engine in GPU_ENGINES[2:])
     if only:
         raise ValueError(f"bench: --{only[0]} needs --device cuda, got --device cpu")
     options.shapes = options.shapes or ["readme"]
@@ -191,8 +195,8 @@ def parser() -> argparse.ArgumentParser:
         "--shapes",
         nargs="+",
         metavar="NAME",
-        help="sets (smoke, readme, full; on a GPU smoke, spread, goals, sweeps, cpu, full), names, "
-        "or patterns such as 'gru-*-H512'; default: readme, on a GPU full",
+        help="sets (smoke, readme, full; on a GPU smoke, spread, onchip, goals, sweeps, cpu, "
+        "full), names, or patterns such as 'gru-*-H512'; default: readme, on a GPU full",
     )
     run.add_argument(
         "--device",
@@ -214,8 +218,10 @@ def parser() -> argparse.ArgumentParser:
             *("auto", "all", "packed", "direct", "reference"),
             *("serial", "batch", "units", "directions", "layers"),
             *("amx", "avx512_bf16", "avx512", "avx2", "neon", "portable"),
+            *GPU_ENGINES[2:],
         ],
-        help="force an engine of ours; all: each kernel and split beside the choice of the library",
+        help="force an engine of ours; all: each kernel and split beside the choice of the library "
+        "(on a GPU: each kernel, or step or onchip)",
     )
     run.add_argument(
         "--ours",

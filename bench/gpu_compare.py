@@ -34,7 +34,18 @@ from .compare import (
     write,
 )
 from .gpu_device import DeviceEntry, Host, environment, find
-from .gpu_peers import NO_DEVICE, OURS, RIVALS, GpuTorchLoop, GpuTorchNN, OnDevice, reference
+from .gpu_peers import (
+    ALL,
+    NO_DEVICE,
+    OURS,
+    RIVALS,
+    GpuRnnfast,
+    GpuTorchLoop,
+    GpuTorchNN,
+    OnDevice,
+    forced,
+    reference,
+)
 from .peers import need, versions
 from .problem import Problem
 from .shapes import Shape
@@ -55,6 +66,7 @@ class Wish:
     budget: float | None = None  # seconds of measuring; None: as long as it takes
     rounds: int | None = None
     peers: tuple[str, ...] | None = None  # None: everyone
+    engine: str = "auto"  # or a kernel of ours; "all": each beside the choice of the library
     ours: str = "rnnfast"
     commit: str = ""  # of a copy of the checkout without its history
     resume: Path | None = None
@@ -71,6 +83,10 @@ def contestants(wish: Wish) -> tuple[type[OnDevice], list[type[OnDevice]]]:
     others: list[type[OnDevice]] = [*OURS[1:], *RIVALS]
     if wish.ours != "rnnfast":  # cuDNN in our place: what the noise alone looks like
         ours, others = type("StandIn", (GpuTorchNN,), {"name": f"{wish.ours} as ours"}), [*RIVALS]
+    elif wish.engine == "all":
+        others = [*OURS[1:], *map(forced, ALL), *RIVALS]
+    elif wish.engine != "auto":
+        ours, others = forced(wish.engine), [*RIVALS]
     names = [kind.name for kind in others]
     unknown = [name for name in wish.peers or () if name not in names]
     if unknown:
@@ -133,7 +149,7 @@ class GpuComparison(Roster):
         built: dict[str, Any] = self.admit(
             shape,
             [self.ours, *others],
-            [self.ours, *OURS],
+            [self.ours, *(kind for kind in others if issubclass(kind, GpuRnnfast))],
             lambda kind: kind(problem, self.device, self.threads),  # type: ignore[arg-type, call-arg]
             lambda peer: peer.fault(right),  # type: ignore[attr-defined]
         )
@@ -296,7 +312,8 @@ def rehearse(wish: Wish) -> list[str]:
     wrong. The times mean nothing and go with the folder."""
     with tempfile.TemporaryDirectory(prefix="rnnfast-bench-") as folder:
         chosen = gpu_shapes.rehearsal()
-        wish = replace(wish, budget=None, rounds=None)
+        # a kernel of the device can't stand in for all of ours here
+        wish = replace(wish, budget=None, rounds=None, engine="all")
         comparison = GpuComparison(wish, Host(), REHEARSAL)
         comparison.measure_ceilings()
         journal = Journal(Path(folder) / "rehearsal.json", chosen)

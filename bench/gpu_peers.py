@@ -95,17 +95,21 @@ class GpuRnnfast(OnDevice, Rnnfast):
 
     name = "rnnfast"
     launch = "auto"
+    kernel: str | None = None  # None: the library's choice
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
         rnnfast = need("rnnfast")
         if self.on.kind != "cuda":
-            if self.launch != "auto":
+            if (self.launch, self.kernel) != ("auto", None):
                 raise CantRun(NO_DEVICE)
             with super().settings():
                 yield
             return
-        with super().settings(), rnnfast.use_engine("cuda", launch=self.launch):
+        with (
+            super().settings(),
+            rnnfast.use_engine("cuda", launch=self.launch, kernel=self.kernel),
+        ):
             yield
 
     def build(self, threads: int) -> None:
@@ -125,22 +129,25 @@ class GpuRnnfast(OnDevice, Rnnfast):
         engine = str(run.pop("engine"))
         if engine != self.on.kind:
             raise RuntimeError(f"bench: {self.name} must run on {self.on.kind}, ran on {engine}")
+        if self.kernel not in (None, run.get("kernel")):
+            raise RuntimeError(f"bench: {self.name} must run {self.kernel}, ran {run['kernel']}")
         said = [f"{key}={value}" for key, value in run.items() if value is not None]
         return " ".join([engine, *said, *["in a CUDA graph"] * self.captured])
 
 
 class Plain(GpuRnnfast):
-    """Ours, a plain launch for every kernel."""
+    """Ours by the step engine, a plain launch for every kernel."""
 
     name = "rnnfast plain"
-    launch = "plain"
+    launch, kernel = "plain", "step"
 
 
 class Dependent(GpuRnnfast):
-    """Ours by programmatic dependent launch: a kernel starts while the one before it ends."""
+    """Ours by the step engine and programmatic dependent launch: a kernel starts while the one
+    before it ends."""
 
     name = "rnnfast pdl"
-    launch = "pdl"
+    launch, kernel = "pdl", "step"
 
 
 class Graph(GpuRnnfast):
@@ -241,7 +248,13 @@ def flatten(module: Any) -> None:
         )
 
 
+def forced(kernel: str) -> type[GpuRnnfast]:
+    """Ours with one kernel forced; who can't serve a layer with it says why."""
+    return type("Forced", (GpuRnnfast,), {"name": f"rnnfast[{kernel}]", "kernel": kernel})
+
+
 OURS: list[type[GpuRnnfast]] = [GpuRnnfast, Plain, Dependent, Graph]
+ALL = ("onchip",)  # what `--engine all` lays beside these, whose plain and pdl force "step"
 RIVALS: list[type[OnDevice]] = [GpuTorchNN, TorchGraph, GpuTorchLoop]
 
 

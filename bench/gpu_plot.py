@@ -191,7 +191,8 @@ def step_picture(header: dict[str, Any], points: list[Point], path: Path) -> Non
         row[0].set_ylabel(f"{CELLS[cell]} {mode}", fontsize=9, color=TEXT)
         # the lowest floor may leave the picture, or the lines would lie on each other
         shown = [p for p in points if (p.shape.cell, p.shape.mode) == (cell, mode)]
-        values = [v for p in shown for v in (p.ours, p.ms("torch.nn"), p.floor) if v]
+        others = ("torch.nn", "rnnfast[onchip]")
+        values = [v for p in shown for v in (p.ours, *map(p.ms, others), p.floor) if v]
         low, high = (1e3 * v / gpu_shapes.SWEEP_T for v in (min(values) / 2, max(values) * 1.4))
         row[0].set_ylim(low, high)
         octaves(row[0].yaxis, low, high)
@@ -218,7 +219,7 @@ def step_picture(header: dict[str, Any], points: list[Point], path: Path) -> Non
         *panels[0][0].get_legend_handles_labels(),
         loc="upper left",
         bbox_to_anchor=(0.005, 1 - 0.34 / figure.get_figheight()),
-        ncols=4,
+        ncols=5,
         frameon=False,
         fontsize=8,
     )
@@ -232,6 +233,11 @@ def anyone(p: Point) -> float:
 
 LINES: list[tuple[str, dict[str, Any], Any]] = [
     ("rnnfast", {"color": FASTER, "marker": "o", "markersize": 3.5}, lambda p: p.ours),
+    (
+        "rnnfast on chip",
+        {"color": MARK, "marker": "D", "markersize": 3},
+        lambda p: p.ms("rnnfast[onchip]"),
+    ),
     (
         "torch.nn (cuDNN)",
         {"color": SLOWER, "marker": "s", "markersize": 3.5},

@@ -10,11 +10,17 @@ from typing import Any
 
 from .gpu_floor import floor_ms
 from .shapes import MODES, Shape
-from .table import load, mean_and_least, ms, percent, ratio, render, shape_of
+from .table import geometric_mean, load, mean_and_least, ms, percent, ratio, render, shape_of
 
 Row = dict[str, Any]
 DTYPES = ("float16", "bfloat16", "tfloat32", "float32")  # in the order of the tables
 RIVALS = ("torch.nn", "torch loop")  # whoever is there is held against our plain call
+# our kernels by the contestants that force them; the first two are the step engine's launches
+KERNELS = {"rnnfast plain": "step", "rnnfast pdl": "step, pdl", "rnnfast[onchip]": "onchip"}
+CHOICE = 1.1  # the library's choice may take this much of the best kernel's time
+# Microseconds a step that a layer of at most so many units is meant to take forward, in 16 bits
+# and up to 32 sequences; with backward, so many times that. Against cuDNN: the mean.
+GOALS, GOAL_B, GOAL_TRAINING, GOAL_RATIO = ((64, 0.45), (128, 0.70)), 32, 2.7, 1.5
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,54 @@ class Point:
     def us_a_step(self) -> float:
         return 1e3 * self.ours / self.shape.T / self.shape.layers
 
+    def us(self, name: str) -> float | None:
+        """Of a step."""
+        found = self.ms(name)
+        return 1e3 * found / self.shape.T / self.shape.layers if found else None
+
+    @property
+    def kernels(self) -> dict[str, float]:
+        """ms of each kernel that was forced and served."""
+        told = {kernel: self.ms(name) for name, kernel in KERNELS.items()}
+        return {kernel: ms for kernel, ms in told.items() if ms}
+
+    @property
+    def best_kernel(self) -> str:
+        """The fastest of them; nobody where there was no choice."""
+        found = self.kernels
+        return min(found, key=lambda kernel: found[kernel]) if len(found) > 1 else ""
+
+    @property
+    def best_ms(self) -> float:
+        return self.kernels[self.best_kernel] if self.best_kernel else self.ours
+
+    @property
+    def chosen(self) -> str:
+        """The kernel that ran where none was forced, as the library told it."""
+        ran = str(self.row["contestants"][self.row["ours"]].get("ran", ""))
+        return ran.partition("kernel=")[2].partition(" ")[0]
+
+    @property
+    def best_us(self) -> float:
+        """Of a step."""
+        return 1e3 * self.best_ms / self.shape.T / self.shape.layers
+
+    @property
+    def best_ratio(self) -> float | None:
+        """The rival's time over that of our best kernel."""
+        found = self.ms(self.rival)
+        return found / self.best_ms if found else None
+
+    @property
+    def goal(self) -> float | None:
+        """Microseconds a step, where there is one."""
+        s = self.shape
+        plain = s.layers == 1 and not s.bidirectional and not s.packed and s.cell != "indrnn"
+        if s.dtype not in DTYPES[:2] or s.B > GOAL_B or s.mode == "streaming" or not plain:
+            return None
+        forward = next((us for most, us in GOALS if most >= s.H), None)
+        return forward and forward * (GOAL_TRAINING if s.mode == "training" else 1)
+
     @property
     def label(self) -> str:
         return f"{self.shape.cell} {self.shape.short}" + " ~" * self.row["noisy"]
@@ -138,6 +192,49 @@ def point_table(points: list[Point], markdown: bool) -> str:
     return render(head, body, markdown)
 
 
+def kernel_table(points: list[Point], markdown: bool) -> str:
+    """Microseconds a step by each kernel, and the library's choice among them."""
+    head = ["point", "chosen", *KERNELS.values(), "torch.nn", "its graph", "best", "chosen/best"]
+    head += ["best faster", "goal"]
+    body = []
+    for p in points:
+        cells = [f"{p.label} {p.shape.mode}", ms(p.us_a_step)]
+        cells += [maybe(p.us(name), ms) for name in (*KERNELS, p.rival, "torch.nn graph")]
+        cells += [p.best_kernel, ratio(p.ours / p.best_ms), maybe(p.best_ratio, ratio)]
+        met = "met" if p.goal and p.best_us <= p.goal else "missed"
+        cells.append(f"{p.goal:.2f} {met}" if p.goal else "")
+        body.append(cells)
+    return render(head, body, markdown)
+
+
+def choices(points: list[Point]) -> str:
+    """Where the library's choice is not within 10 % of the best kernel, and the goals; of points
+    at which there was a choice."""
+    told = [p for p in points if "onchip" in p.kernels]
+    if not told:
+        return ""
+    worse = [p for p in told if p.ours > CHOICE * p.best_ms]
+    lines = [
+        f"The kernel that the library chooses is within {percent(CHOICE - 1)} of the best at "
+        f"{len(told) - len(worse)} of {len(told)} points" + (", and not at:" if worse else ".")
+    ]
+    for p in sorted(worse, key=lambda p: p.best_ms / p.ours):
+        lines.append(
+            f"- `{p.shape.name}`: best {p.best_kernel}, {ms(p.best_us)} us a step, "
+            f"chosen {p.chosen or '?'}, {ms(p.us_a_step)}: {ratio(p.ours / p.best_ms)}"
+        )
+    aimed = [p for p in told if p.goal]
+    met = sum(p.best_us <= (p.goal or 0) for p in aimed)
+    lines.append(f"Goals a step, best kernel: {met} of {len(aimed)} met.")
+    against = [value for p in told if (value := p.best_ratio) and p.rival == "torch.nn"]
+    if against:
+        lines.append(
+            f"Best kernel against torch.nn, geometric mean: {ratio(geometric_mean(against))} of "
+            f"{len(against)} points (goal {ratio(GOAL_RATIO)})."
+        )
+    return "\n".join(lines)
+
+
 def groups(points: list[Point]) -> list[tuple[str, str, list[Point]]]:
     """(mode, what, points): all of a mode, then by dtype; IndRNN, which cuDNN lacks, apart."""
     found = []
@@ -191,7 +288,10 @@ Times are medians on the device's clock (CUDA events), L2 overwritten before eac
 an idle device to an idle device on the host's clock. faster: torch.nn's time over ours, above 1 we
 are faster (IndRNN, which cuDNN lacks: a loop in torch's); graphs: the same, both captured in a CUDA
 graph. pdl, graph: our plain launches over programmatic dependent launch, and over our whole call
-captured. Means are geometric, over every measured point; in brackets the worst.
+captured; plain and pdl are the step engine's. By kernel (--engine all): microseconds a step; best
+the fastest kernel, chosen/best the time of the library's choice over its, best faster torch.nn's
+over its, goal what a step is meant to take. Means are geometric, over every measured point; in
+brackets the worst.
 floor: the greatest of operations / measured peak, bytes / measured bandwidth, and exchanges, two
 dependent launches a step at the measured time from kernel to kernel; a kernel that stays on the
 chip for all steps may pass the last of them (over 100%)."""
@@ -226,6 +326,7 @@ def summary(results: Row, markdown: bool = False) -> str:
         if any(p.row["noisy"] for p in points):
             allowed = percent(header["agreement"])
             parts.append(f"~ noisy: the same layer entered twice differed by more than {allowed}.")
+    parts += [text for text in [choices(points)] if text]
     parts.append(missing(header, markdown, names=False))
     return "\n\n".join(parts)
 
@@ -241,6 +342,10 @@ def report(results: Row, markdown: bool = False) -> str:
             if part:
                 heading = title.format(f"{mode}, {dtype}")
                 parts.append(heading + "\n\n" + point_table(part, markdown))
+    told = [p for p in points if "onchip" in p.kernels]
+    if told:
+        heading = title.format("microseconds a step by kernel")
+        parts.append(heading + "\n\n" + kernel_table(told, markdown))
     parts.append(title.format("geometric means") + "\n\n" + summary(results, markdown))
     parts += [LEGEND, missing(header, markdown, names=True), left_out(header)]
     return "\n\n".join(part for part in parts if part)
@@ -255,9 +360,11 @@ def one_line(row: Row) -> str:
         "graphs": p.graph_ratio,
         "pdl": p.pdl_gain,
         "graph": p.graph_gain,
+        "onchip": p.over("rnnfast plain", "rnnfast[onchip]"),
     }
     parts = [f"{name} {ratio(value)}" for name, value in told.items() if value is not None]
     parts = [f"{ms(p.ours)} ms", *parts, f"{percent(p.share)} of the floor"]
+    parts += [f"best {p.best_kernel} {ms(p.best_us)} us a step"] * bool(p.best_kernel)
     return ", ".join(parts + ["noisy"] * row["noisy"])
 
 

@@ -60,6 +60,26 @@ SPREAD: list[Shape] = [
     *_points("lstm", "float16", "training", (100, 1, 2048)),
 ]
 
+# what one block can keep on chip, where the step engine's launches are most of a step
+_STEPS = 256
+ONCHIP: list[Shape] = [
+    *_points("lstm gru", "float16", _BOTH, (_STEPS, 16, 64), (_STEPS, 16, 128)),
+    *_points("lstm", "bfloat16", _BOTH, (_STEPS, 32, 128)),
+    *_points("lstm", "tfloat32", _BOTH, (_STEPS, 16, 128)),
+    *_points("lstm", "float16", _BOTH, (_STEPS, 1, 128), (_STEPS, 32, 64), (_STEPS, 16, 160)),
+    *_points("gru", "float16", _BOTH, (_STEPS, 16, 192)),
+    *_points("lstm", "float16", "inference", (_STEPS, 16, 192)),
+    *_points("lstm", "float16", _BOTH, (_STEPS, 16, 32), (_STEPS, 16, 96)),
+    *_points("gru", "tfloat32", _BOTH, (_STEPS, 16, 64)),
+    *_points("gru", "bfloat16", _BOTH, (_STEPS, 8, 96)),
+    *_points("lstm", "bfloat16", _BOTH, (_STEPS, 1, 32)),
+    *_points("lstm", "float16", "forward", (_STEPS, 32, 128)),
+    *_points("lstm", "float16", "training", (_STEPS, 32, 128), packed=True),
+    *_points("lstm", "float16", _BOTH, (_STEPS, 32, 128), bidirectional=True),
+    *_points("rnn", "float16", "training", (_STEPS, 16, 192)),
+    *_points("gru", "tfloat32", "inference", (_STEPS, 1, 128), (_STEPS, 32, 32)),
+]
+
 # where the library promises to win, and where cuDNN is strongest
 GOALS: list[Shape] = [
     *_points("lstm", "float16", "training inference", (256, 16, 1024), (256, 32, 768)),
@@ -138,7 +158,7 @@ SMOKE: list[Shape] = [
     *_points("rnn", "float16", "training", (20, 8, 64), bidirectional=True),
 ]
 
-GRID: list[Shape] = _unique(SPREAD, GOALS, SWEEPS, CPU, SMOKE)
+GRID: list[Shape] = _unique(SPREAD, ONCHIP, GOALS, SWEEPS, CPU, SMOKE)
 RANKS: dict[Shape, int] = {shape: rank for rank, shape in enumerate(GRID, 1)}
 UNABLE: dict[Shape, str] = {
     shape: NO_ENGINE[shape.dtype] for shape in shapes.every() if shape.dtype in NO_ENGINE
@@ -146,6 +166,7 @@ UNABLE: dict[Shape, str] = {
 SETS: dict[str, list[Shape]] = {
     "full": GRID,
     "spread": SPREAD,
+    "onchip": ONCHIP,
     "goals": GOALS,
     "sweeps": SWEEPS,
     "cpu": CPU,

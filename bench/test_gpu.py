@@ -27,6 +27,8 @@ from bench.gpu_floor import Ceilings
 from bench.problem import Problem
 from bench.shapes import Shape
 from bench.table import load, shape_of
+from rnnfast import _cuda
+from rnnfast.cells import CELLS
 
 CEILINGS = Ceilings(dict.fromkeys(gpu_shapes.DTYPES, 1e12), 1e12, 1e-6, 4e-6, "made up")
 FACTS = {"gpu": "made up", "driver": "1", "cuda": "1", "cudnn": "1", "torch": "1"}
@@ -50,7 +52,8 @@ def one_thread() -> Iterator[None]:
 def made_up(shape: Shape, ours: float = 1.0, **others: float) -> dict[str, Any]:
     """A row with these times in ms."""
     times = {"rnnfast": ours} | {name.replace("_", " "): ms for name, ms in others.items()}
-    times = {("torch.nn" if name == "nn" else name): ms for name, ms in times.items()}
+    real = {"nn": "torch.nn", "rnnfast onchip": "rnnfast[onchip]"}
+    times = {real.get(name, name): ms for name, ms in times.items()}
     return {
         "shape": shape.name,
         "rank": gpu_shapes.RANKS[shape],
@@ -163,6 +166,92 @@ def test_what_launching_otherwise_gains() -> None:
     assert "pdl 2.00x" in gpu_report.one_line(row)
 
 
+def serves(shape: Shape) -> str:
+    """Why the on-chip kernel does not, on an H100 with TF32 allowed where the point has it."""
+    name = {"rnn": "rnn_tanh"}.get(shape.cell, shape.cell)
+    (cell,) = (spec.id for spec in CELLS if spec.name == name)
+    size = 4 if "float32" in shape.dtype else 2
+    for backward in (False, True)[: 1 + (shape.mode == "training")]:
+        sizes = (shape.T, shape.B, shape.input_size, shape.H, shape.H)
+        tf32 = shape.dtype == "tfloat32"
+        why = _cuda.Passes(
+            cell, sizes, size, 90, 227 << 10, backward=backward, tf32=tf32
+        ).why_not_onchip()
+        if why:
+            return why
+    return ""
+
+
+def test_the_points_for_the_on_chip_kernel() -> None:
+    """A first call measures them all: few, by value, and none that the kernel refuses."""
+    chosen = gpu_shapes.select(["onchip"])
+    assert chosen == gpu_shapes.ONCHIP and len(chosen) <= 40
+    assert {shape.H for shape in chosen} == {32, 64, 96, 128, 160, 192}
+    assert {shape.B for shape in chosen} == {1, 8, 16, 32}
+    assert {shape.cell for shape in chosen} == {"lstm", "gru", "rnn"}
+    assert {shape.dtype for shape in chosen} == {"float16", "bfloat16", "tfloat32"}
+    assert {shape.mode for shape in chosen} == {"inference", "forward", "training"}
+    assert [why for shape in chosen if (why := serves(shape))] == []
+    large = Shape("lstm", "training", 256, 16, 192, dtype="float16")
+    assert "up to H = 176" in serves(large)
+
+
+def test_whom_an_engine_brings() -> None:
+    def names(**wish: Any) -> list[str]:
+        ours, others = gpu_compare.contestants(Wish(**wish))
+        return [kind.name for kind in (ours, *others)]
+
+    rivals = ["torch.nn", "torch.nn graph", "torch loop"]
+    plain = ["rnnfast", "rnnfast plain", "rnnfast pdl", "rnnfast graph"]
+    assert names() == plain + rivals
+    assert names(engine="all") == [*plain, "rnnfast[onchip]", *rivals]
+    assert names(engine="step") == ["rnnfast[step]", *rivals]
+    assert names(engine="onchip") == ["rnnfast[onchip]", *rivals]
+    assert names(engine="all", peers=("rnnfast[onchip]",)) == ["rnnfast", "rnnfast[onchip]"]
+    kinds: list[Any] = [gpu_peers.Plain, gpu_peers.Dependent, gpu_peers.forced("onchip")]
+    assert [kind.kernel for kind in kinds] == ["step", "step", "onchip"]
+    assert [kind.name for kind in kinds] == list(gpu_report.KERNELS)
+
+
+def test_the_choice_is_held_against_the_best_kernel(tmp_path: Path) -> None:
+    """Times of 256 steps in ms: 0.1024 are 0.4 us a step."""
+    good, late, bad, left = gpu_shapes.ONCHIP[:4]
+    forced = {"rnnfast_plain": 0.7, "rnnfast_pdl": 0.6}
+    rows = [
+        made_up(good, 0.1, nn=0.2048, rnnfast_onchip=0.1024, **forced),
+        made_up(late, 0.63, nn=0.5, rnnfast_onchip=0.64, **forced),
+        made_up(bad, 0.7, nn=0.1024, rnnfast_onchip=0.1024, **forced),
+        made_up(left, 0.7, nn=0.1, **forced),  # the kernel did not serve
+    ]
+    rows[2]["contestants"]["rnnfast"]["ran"] = "cuda device=sm_90 kernel=step launch=plain"
+    points = [gpu_report.Point(row) for row in rows]
+    assert [p.best_kernel for p in points] == ["onchip", "step, pdl", "onchip", "step, pdl"]
+    assert [p.best_ratio and round(p.best_ratio, 3) for p in points] == [2.0, 0.833, 1.0, 0.167]
+    assert points[0].best_us == pytest.approx(0.4) and points[2].chosen == "step"
+    assert (good.mode, good.H, late.mode) == ("inference", 64, "training")
+    assert [p.goal and round(p.goal, 3) for p in points[:2]] == [0.45, 1.215]
+    for other in (replace(good, B=64), replace(good, H=192), replace(good, packed=True)):
+        assert gpu_report.Point({**rows[0], **other.columns()}).goal is None
+    text = gpu_report.choices(points)
+    assert "within 10% of the best at 2 of 3 points, and not at:" in text
+    assert f"- `{bad.name}`: best onchip, 0.4" in text and "chosen step, 2.734: 6.84x" in text
+    assert "2 of 3 met" in text
+    mean = (2.0 * 0.5 / 0.6 * 1.0) ** (1 / 3)
+    assert f"geometric mean: {mean:.2f}x of 3 points (goal 1.50x)" in text
+    assert gpu_report.choices(points[3:]) == ""
+    said = gpu_report.one_line(rows[0])
+    assert "onchip 6.84x" in said and said.endswith("best onchip 0.400 us a step")
+    comparison = GpuComparison(Wish(), Host())
+    header = comparison.header({}) | FACTS | {"ceilings": CEILINGS.describe()}
+    write(tmp_path / "out.json", header, rows)
+    results = load(tmp_path / "out.json")
+    assert "and not at:" in gpu_report.summary(results)
+    table = gpu_report.kernel_table(points, markdown=True)
+    assert len(table.splitlines()) == 6 and "| 0.45 met |" in table and "1.22 missed" in table
+    assert table.splitlines()[2].split(" | ")[1:5] == ["0.391", "2.734", "2.344", "0.400"]
+    assert "### microseconds a step by kernel" in gpu_report.report(results, markdown=True)
+
+
 class Slow(GpuComparison):
     """A point takes 50 ms and always has the same row."""
 
@@ -237,6 +326,9 @@ def test_pictures(tmp_path: Path) -> None:
         made_up(shape, 1.0, **({"torch_loop": 9.0} if shape.cell == "indrnn" else {"nn": 1.2}))
         for shape in gpu_shapes.GRID
     ]
+    for shape, row in zip(gpu_shapes.GRID, rows):
+        if shape.H <= 192 and shape.cell != "indrnn":
+            row["contestants"]["rnnfast[onchip]"] = {"ms": 0.3, "host_ms": 0.3}
     comparison = GpuComparison(Wish(), Host())
     header = comparison.header({"budget": []}) | FACTS | {"ceilings": CEILINGS.describe()}
     write(tmp_path / "out.json", header, rows)
@@ -270,11 +362,14 @@ def test_wrong_words_give_a_sentence(capsys: pytest.CaptureFixture[str]) -> None
         (["--shapes", "nothing"], "list --device cuda"),
         (["--peers", "nobody"], "no peer 'nobody' on a GPU"),
         (["--threads", "2"], "--threads needs --device cpu"),
+        (["--engine", "packed"], "--engine packed needs --device cpu, got --device cuda"),
     ):
         assert command_line.main(["compare", "--device", "cuda", *words]) == 2
         assert said in capsys.readouterr().err
     assert command_line.main(["compare", "--budget", "5"]) == 2
     assert "--budget needs --device cuda" in capsys.readouterr().err
+    assert command_line.main(["compare", "--engine", "onchip"]) == 2
+    assert "--engine onchip needs --device cuda, got --device cpu" in capsys.readouterr().err
 
 
 class Pretend(Cuda):
@@ -322,9 +417,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretend:
     in_force = {"launch": ""}
 
     @contextlib.contextmanager
-    def use_engine(name: str, launch: str) -> Iterator[None]:
+    def use_engine(name: str, launch: str, kernel: str | None) -> Iterator[None]:
         in_force["launch"] = launch
-        ran.update(engine=name, launch=launch)
+        ran.update(engine=name, launch=launch, kernel=kernel or "step")
         yield
         in_force["launch"] = ""
 
@@ -379,10 +474,10 @@ def test_the_way_of_a_gpu(
         ours = ["rnnfast", "rnnfast plain", "rnnfast pdl", "rnnfast graph"]
         assert list(seen) == [*ours, "torch.nn", "torch.nn graph"]
         assert [seen[name]["ran"] for name in ours] == [
-            "cuda launch=auto",
-            "cuda launch=plain",
-            "cuda launch=pdl",
-            "cuda launch=auto in a CUDA graph",
+            "cuda launch=auto kernel=step",
+            "cuda launch=plain kernel=step",
+            "cuda launch=pdl kernel=step",
+            "cuda launch=auto kernel=step in a CUDA graph",
         ]
         for one in seen.values():
             assert one["ms"] >= 0 and one["host_ms"] > 0 and one["error"] < 0.01
@@ -390,6 +485,40 @@ def test_the_way_of_a_gpu(
         assert row["fp32_precision"] == flag.get(row["dtype"], "no float32 products")
     assert CUDAGraph.replays > 0
     assert "pretended" in gpu_report.summary(load(journal.out))
+
+
+def test_every_kernel_is_measured_where_it_serves(
+    pretended: Pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the choice of the library, and interleaved with it; where not, with the reason."""
+    comparison = GpuComparison(Wish(engine="all"), pretended, gpu_compare.REHEARSAL)
+    comparison.ceilings = CEILINGS
+    small = gpu_shapes.SMOKE[0]
+    assert comparison.run(small) is None and comparison.wrong == []
+    seen = comparison.rows[0]["contestants"]
+    assert seen["rnnfast[onchip]"]["ran"] == "cuda launch=auto kernel=onchip"
+    assert seen["rnnfast"]["ran"] == "cuda launch=auto kernel=step"
+    assert gpu_report.Point(comparison.rows[0]).kernels.keys() == set(gpu_report.KERNELS.values())
+    plain = rnnfast.use_engine
+
+    def refuse(name: str, launch: str, kernel: str | None) -> Any:
+        if kernel == "onchip":
+            raise RuntimeError("rnnfast: float64 products are not in the tiles")
+        return plain(name, launch=launch, kernel=kernel)
+
+    monkeypatch.setattr(rnnfast, "use_engine", refuse)
+    assert comparison.run(small) is None and comparison.wrong == []
+    assert "rnnfast[onchip]" not in comparison.rows[1]["contestants"]
+    assert comparison.left_out["rnnfast[onchip]"] == {"float64 products are not in the tiles": 1}
+    # a kernel that ran in another's place is a fault
+    monkeypatch.setattr(rnnfast, "use_engine", plain)
+    monkeypatch.setattr(rnnfast, "last_run", lambda: {"engine": "cuda", "kernel": "step"})
+    assert comparison.run(small) is None
+    assert any("must run onchip, ran step" in fault for fault in comparison.wrong)
+    alone = GpuComparison(Wish(engine="onchip"), pretended, gpu_compare.REHEARSAL)
+    alone.ceilings = CEILINGS
+    reason = alone.run(small)
+    assert reason and reason.startswith("rnnfast[onchip]: ")
 
 
 def test_settings_hold_within_a_sample_only(pretended: Pretend) -> None:
@@ -424,13 +553,15 @@ def test_a_layer_that_ran_elsewhere_is_wrong(
 
 
 def test_a_refusal_is_a_reason(pretended: Pretend, monkeypatch: pytest.MonkeyPatch) -> None:
-    def use_engine(name: str, launch: str) -> Any:
+    def use_engine(name: str, launch: str, kernel: str | None) -> Any:
         if launch == "pdl":
             raise RuntimeError("rnnfast: launch 'pdl' needs compute capability 9.0, got 8.0")
         return contextlib.nullcontext()
 
     monkeypatch.setattr(rnnfast, "use_engine", use_engine)
-    monkeypatch.setattr(rnnfast, "last_run", lambda: {"engine": "cuda", "launch": "plain"})
+    monkeypatch.setattr(
+        rnnfast, "last_run", lambda: {"engine": "cuda", "launch": "plain", "kernel": "step"}
+    )
     comparison = GpuComparison(Wish(), pretended, gpu_compare.REHEARSAL)
     comparison.ceilings = CEILINGS
     assert comparison.run(gpu_shapes.SMOKE[3]) is None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
+from rnnfast import _cuda
 
 f64 = torch.float64
 cudnn: Any = torch.backends.cudnn
@@ -47,6 +48,7 @@ PRECISIONS: dict[str, tuple[torch.dtype, float, float]] = {
 DTYPES = {name: dtype for name, (dtype, _, _) in PRECISIONS.items() if name != "tf32"}
 FORMS = (*cases.LAYOUTS, "packed", "packed_even", "packed_ones", "packed_uneven")
 LOSSES = ("all", "y", "state", "sum")
+HOST_FLAG = 3  # of the device of loops: whether its float32 products may be TF32
 
 
 def operators() -> Any:
@@ -66,11 +68,37 @@ def products(tf32: bool) -> Iterator[None]:
     before = [flag.allow_tf32 for flag in flags]
     for flag in flags:
         flag.allow_tf32 = tf32
+    on_the_host = None if CUDA_TESTS_ON == "cuda" else operators().set(HOST_FLAG, tf32)
     try:
         yield
     finally:
         for flag, value in zip(flags, before, strict=True):
             flag.allow_tf32 = value
+        if on_the_host is not None:
+            operators().set(HOST_FLAG, on_the_host)
+
+
+@contextlib.contextmanager
+def kernel_forced(kernel: str) -> Iterator[None]:
+    """One of the engine's kernels or an error; "" leaves the choice to the library."""
+    if not kernel:
+        yield
+    elif CUDA_TESTS_ON == "cuda":
+        with rnnfast.use_engine("cuda", kernel=kernel):
+            yield
+    else:
+        before = operators().cuda_set_kernel(_cuda.KERNELS.index(kernel))
+        try:
+            yield
+        finally:
+            operators().cuda_set_kernel(before)
+
+
+def kernel_ran() -> str:
+    """In the engine's last pass of this thread."""
+    if CUDA_TESTS_ON == "cuda":
+        return str(rnnfast.last_run()["kernel"])
+    return _cuda.KERNELS[operators().cuda_last_run(6)]
 
 
 def leaves_of(result: Any) -> list[Tensor]:
@@ -289,10 +317,14 @@ def run_peer(problem: Problem, device: Any) -> Tensors:
 
 
 def run_peer_again(problem: Problem, device: Any, seed: int) -> Tensors:
-    """On numbers that differ by less than a rounding."""
+    """On numbers that differ by less than a rounding; of TF32 where the peer, a CPU's, has none."""
     gen = torch.Generator().manual_seed(seed)
+    coarse = problem.setup.precision == "tf32" and CUDA_TESTS_ON != "cuda"
 
     def noisy(values: Tensor) -> Tensor:
+        if coarse:
+            noise = torch.rand(values.shape, generator=gen, dtype=f64) * 2 - 1
+            return values.detach() * (1 + PRECISIONS["tf32"][1] * noise)
         return tolerance.last_bits(values.to(problem.setup.dtype), gen).double()
 
     layer = copy.deepcopy(problem.layer)
@@ -327,11 +359,14 @@ def check_tensor(name: str, ours: Tensor, peer: tolerance.Peer, ref: Tensor, pre
     return ""
 
 
-def check(setup: Setup, device: Any) -> None:
-    """The rule for outputs and every gradient; all tensors that break it are named."""
+def check(setup: Setup, device: Any, kernel: str = "") -> None:
+    """The rule for outputs and every gradient; all tensors that break it are named. ``kernel``: the
+    one that must compute them."""
     problem = build(setup)
     ref = run_exactly(problem)
-    ours = on_cpu(run_ours(problem, device))
+    with kernel_forced(kernel):
+        ours = on_cpu(run_ours(problem, device))
+        assert kernel in ("", kernel_ran())
     peer = tolerance.Peer(
         {} if setup.precision == "float64" else on_cpu(run_peer(problem, device)),
         lambda seed: on_cpu(run_peer_again(problem, device, seed)),

@@ -151,7 +151,7 @@ def test_a_forced_engine_never_falls_back(cuda: torch.device) -> None:
     for wrong in ({"isa": "portable"}, {"kernel": "packed"}, {"split": "units"}, {"launch": "no"}):
         with pytest.raises(RuntimeError, match="rnnfast: "):
             rnnfast.use_engine("cuda", **wrong)
-    with pytest.raises(RuntimeError, match="launch is the CUDA engine's, not cpu's"):
+    with pytest.raises(RuntimeError, match="are the CUDA engine's, not cpu's"):
         rnnfast.use_engine("cpu", launch="plain")
     other(z), layer(x)
 

@@ -38,7 +38,9 @@ def capture(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph,
     return graph, results
 
 
-def check_replays(layer: Any, x: Tensor, function: Callable[[Tensor], list[Tensor]]) -> None:
+def check_replays(
+    layer: Any, x: Tensor, function: Callable[[Tensor], list[Tensor]], near: float = 1e-5
+) -> None:
     """On new inputs and weights the graph gives what a plain call gives, each time the same."""
     static = x.clone()
     graph, results = capture(lambda: function(static))
@@ -53,7 +55,7 @@ def check_replays(layer: Any, x: Tensor, function: Callable[[Tensor], list[Tenso
         graph.replay()
         assert same_bits(first, results)
         want = function(new)
-        assert_near(first, want, 1e-5)
+        assert_near(first, want, near)
 
 
 @launches

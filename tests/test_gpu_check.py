@@ -15,9 +15,13 @@ SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "gpu_check.sh"
 STAGES = [
     "environment",
     "build",
+    "smoke",
+    "onchip",
+    "onchip_bench",
     "tests",
     "memcheck",
     "racecheck",
+    "synccheck",
     "initcheck",
     "exchanges",
     "bench",
@@ -114,7 +118,7 @@ def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     assert "no CUDA device" in stages["bench"][1]
     assert "a dry run" in text and text.splitlines()[-1].startswith("bench")
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"summary.json", "logs.txt", "exchanges.json", "cuda.json"} <= files
+    assert {"summary.json", "logs.txt", "exchanges.json", "onchip.json", "cuda.json"} <= files
     assert len(files) <= MOST_FILES and not any(name.endswith(".log") for name in files)
 
 
@@ -125,16 +129,25 @@ def test_on_a_gpu_every_stage_is_asked_for_in_order(tmp_path: Path) -> None:
     assert results["dry_run"] is False and results["gpu"] == "Stand-in GPU"
     calls = (tmp_path / "calls").read_text()
     wanted = [
-        "-m cuda ",
+        "-m cuda_sanitize tests/test_cuda_sanitize.py -o",
+        "-m cuda tests/test_cuda_onchip.py tests/test_cuda_onchip_engine.py -o",
+        "--shapes onchip",
+        "-m cuda tests/test_cuda.py ",
         "sanitizer --tool memcheck",
         "--tool racecheck",
+        "--tool synccheck",
         "--tool initcheck",
-        "bench compare",
+        "--resume",
     ]
     places = [calls.index(word) for word in wanted]
     assert places == sorted(places)
-    seconds = int(calls.split("--budget ")[1].split()[0])
-    assert seconds >= 140  # half of the budget and more, less what tables and pictures take
+    (others,) = (line for line in calls.splitlines() if "-m cuda tests/test_cuda.py " in line)
+    assert "onchip" not in others and "sanitize" not in others, "they had stages of their own"
+    benches = [line for line in calls.splitlines() if "bench compare" in line]
+    assert len(benches) == 2 and all("--engine all" in line for line in benches)
+    seconds = [int(line.split("--budget ")[1].split()[0]) for line in benches]
+    # two fifths of the budget at most; and what is left, less what tables and pictures take
+    assert 80 <= seconds[0] <= 120 and seconds[1] >= 140
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert len(files) <= MOST_FILES and "pictures.tar.gz" in files
     assert "a point" in (tmp_path / "out" / "logs.txt").read_text()
@@ -164,10 +177,20 @@ def test_a_stage_without_results_is_no_success_on_a_gpu(tmp_path: Path) -> None:
 def test_a_stage_that_hangs_is_ended(tmp_path: Path) -> None:
     slow = program(tmp_path / "slow", "#!/bin/sh\nexec sleep 100\n")
     more = stand_in(tmp_path, EXCHANGES=str(slow))
-    status, text, results = check(tmp_path, "12", stages=["exchanges", "bench"], **more)
+    status, text, results = check(tmp_path, "18", stages=["exchanges", "bench"], **more)
     assert status == 1
     assert by_stage(results)["exchanges"][0] == "timed out"
     assert by_stage(results)["bench"][0] == "passed", text
+
+
+def test_tests_without_stages_of_their_own(tmp_path: Path) -> None:
+    """Whoever asks for the stage of all tests alone gets all of them, and nothing to go on from."""
+    stages = ["tests", "bench"]
+    status, text, _ = check(tmp_path, "300", stages=stages, **stand_in(tmp_path))
+    assert status == 0, text
+    calls = (tmp_path / "calls").read_text()
+    assert "tests/test_cuda_onchip.py" in calls and "tests/test_cuda_sanitize.py" in calls
+    assert "--resume" not in calls and "--shapes" not in calls
 
 
 @pytest.mark.parametrize(

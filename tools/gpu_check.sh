@@ -3,20 +3,26 @@
 #
 #   tools/gpu_check.sh OUT_FOLDER [BUDGET_SECONDS=540]
 #
-# Stages: environment, build, tests, memcheck, racecheck, initcheck, exchanges, bench. One that fails or takes too
-# long does not stop the next; half of the budget is kept for the bench. Wants Python with torch and
-# pytest, and no network: setuptools, cmake, ninja, nvcc and a C++ compiler build the package, unless its
+# Stages: environment, build; smoke (the few tests that the sanitizers get, of both kernels), onchip (the
+# on-chip kernel's tests), onchip_bench (its points of the benchmark, every kernel); tests (all others),
+# memcheck, racecheck, synccheck, initcheck, exchanges, bench (which keeps the points of onchip_bench). One
+# that fails or takes too long does not stop the next; a third of the budget is kept for the bench, a fifth
+# for onchip_bench. A first call, or one about the on-chip kernel alone:
+#
+#   GPU_CHECK_STAGES="environment build smoke onchip onchip_bench memcheck racecheck synccheck" ...
+#
+# Wants Python with torch and pytest, and no network: setuptools, cmake, ninja, nvcc and a C++ compiler build the package, unless its
 # libraries (rnnfast/*.so) were carried along and load here.
 #
-# OUT_FOLDER gets summary.json, logs.txt, exchanges.json, cuda.json, .md and pictures: 8 files at most,
-# and after every stage what there is so far. The status is 1 if a stage failed.
+# OUT_FOLDER gets summary.json, logs.txt, exchanges.json, onchip.json, cuda.json, an .md of both and
+# pictures: 8 files at most, and after every stage what there is so far. The status is 1 if a stage failed.
 #
 # Environment: GPU_CHECK_STAGES (default all), GPU_CHECK_COMMIT (of a copy without its history), PYTHON
 # (default python3), EXCHANGES (a built bench/exchanges, default build/exchanges), RNNFAST_WHEELS (a
 # folder of wheels of what Python lacks, default tools/wheels), RNNFAST_CUDA_ARCHS (default 90a).
 set -u
 
-readonly all_stages="environment build tests memcheck racecheck initcheck exchanges bench"
+readonly all_stages="environment build smoke onchip onchip_bench tests memcheck racecheck synccheck initcheck exchanges bench"
 readonly most_files=8 # that OUT_FOLDER may hold
 readonly least=5      # seconds: a stage that would get less is left out
 readonly no_tests=5   # pytest's status when nothing was selected
@@ -76,8 +82,9 @@ chosen() { [[ " ${stages[*]} " == *" $1 "* ]]; }
 # What later stages are promised, in percent of the budget.
 share() {
   case $1 in
-    exchanges) echo 8 ;;
-    bench) echo 50 ;;
+    onchip_bench) echo 20 ;;
+    exchanges) echo 6 ;;
+    bench) echo 34 ;;
     *) echo 0 ;;
   esac
 }
@@ -92,8 +99,11 @@ limit_of() {
   done
   case $1 in
     environment | exchanges) [ "$seconds" -gt 60 ] && seconds=60 ;;
+    smoke | onchip) seconds=$((seconds / 2)) ;;
+    # what is left of the onchip stage is not for a longer benchmark
+    onchip_bench) [ "$seconds" -gt $((budget * 2 / 5)) ] && seconds=$((budget * 2 / 5)) ;;
     tests) seconds=$((seconds * 3 / 5)) ;;
-    memcheck | racecheck) seconds=$((seconds / 2)) ;;
+    memcheck | racecheck | synccheck) seconds=$((seconds / 2)) ;;
   esac
   echo "$seconds"
 }
@@ -150,7 +160,7 @@ finish() {
 # One file of logs, whatever happens later.
 gather_logs() {
   local log
-  for log in "$out"/[0-9]-*.log; do
+  for log in "$out"/[0-9][0-9]-*.log; do
     [ -f "$log" ] || continue
     { printf '\n===== %s\n' "$(basename "$log")" && cat "$log"; } >>"$out/logs.txt" && rm -f "$log"
   done
@@ -249,29 +259,44 @@ stage_build() {
   fi
 }
 
-# pytest_stage MARKER COMMAND...: tests of a marker, run by `COMMAND... -m pytest`.
+# pytest_stage TESTS COMMAND...: tests marked cuda, run by `COMMAND... -m pytest`: those of the smoke test
+# ("smoke"), of the on-chip kernel ("onchip"), or all others ("tests").
 pytest_stage() {
-  local marker=$1 report code
+  local which=$1 marker=cuda files=() file report code
   shift
   if ! import_of pytest; then
     set_result "$([ -n "$gpu" ] && echo failed || echo dry)" "pytest is missing, and no wheels are in $wheels"
     return
   fi
+  case $which in
+    smoke) marker=cuda_sanitize files=(tests/test_cuda_sanitize.py) ;;
+    onchip) files=(tests/test_cuda_onchip*.py) ;;
+    tests)
+      for file in tests/test_cuda*.py; do # but what has a stage of its own that was asked for
+        case $file in
+          *_sanitize.py) chosen smoke || files+=("$file") ;;
+          *_onchip*.py) chosen onchip || files+=("$file") ;;
+          *) files+=("$file") ;;
+        esac
+      done
+      ;;
+  esac
   # The options of pyproject.toml may name what is not here.
-  # The few that the sanitizers get come first: whether it works at all.
-  bounded "$limit" "$@" -m pytest -q -m "$marker" tests/test_cuda_sanitize.py tests/test_cuda*.py \
+  bounded "$limit" "$@" -m pytest -q -m "$marker" "${files[@]}" \
     -o addopts= -ra -p no:cacheprovider --continue-on-collection-errors --maxfail=50 --durations=10
   code=$?
   report=$(grep -E '(passed|failed|skipped|errors?|deselected|no tests ran|no tests collected).* in [0-9.]+' "$log" | tail -1 | tr -d '=')
   report=${report:-no report of pytest}
   if [ $code -eq $no_tests ] || { [ $code -eq 0 ] && [[ $report != *passed* ]]; }; then
-    set_result "$([ -n "$gpu" ] && [ "$marker" = cuda ] && echo failed || echo dry)" "no test ran: $report"
+    set_result "$([ -n "$gpu" ] && echo failed || echo dry)" "no test ran: $report"
   else
     judge $code "$report"
   fi
 }
 
-stage_tests() { pytest_stage cuda "$python"; }
+stage_smoke() { pytest_stage smoke "$python"; }
+stage_onchip() { pytest_stage onchip "$python"; }
+stage_tests() { pytest_stage tests "$python"; }
 
 sanitizer_stage() {
   if ! command -v compute-sanitizer >/dev/null; then
@@ -279,12 +304,13 @@ sanitizer_stage() {
   elif [ -z "$gpu" ]; then
     set_result dry "would run the tests marked cuda_sanitize"
   else
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 pytest_stage cuda_sanitize \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 pytest_stage smoke \
       compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 "$python"
   fi
 }
 stage_memcheck() { sanitizer_stage memcheck; }
 stage_racecheck() { sanitizer_stage racecheck; }
+stage_synccheck() { sanitizer_stage synccheck; }
 stage_initcheck() { sanitizer_stage initcheck; }
 
 stage_exchanges() {
@@ -312,29 +338,39 @@ stage_exchanges() {
   judge $code "$good of $all rows measured"
 }
 
-stage_bench() {
-  local seconds=$((limit > 40 ? limit - 20 : limit / 2)) code line
-  bounded "$limit" "$python" -m bench compare --device cuda --budget "$seconds" --out "$out/cuda.json" \
-    ${commit:+--commit "$commit"}
+# bench_stage NAME WORDS...: the benchmark into NAME.json, .md and pictures.
+bench_stage() {
+  local name=$1 seconds=$((limit > 40 ? limit - 20 : limit / 2)) code line
+  shift
+  bounded "$limit" "$python" -m bench compare --device cuda --engine all --budget "$seconds" \
+    --out "$out/$name.json" ${commit:+--commit "$commit"} "$@"
   code=$?
-  if [ $code -ne 0 ] && [ -f "$out/cuda.json" ] && [ ! -f "$out/cuda.md" ]; then
+  if [ $code -ne 0 ] && [ -f "$out/$name.json" ] && [ ! -f "$out/$name.md" ]; then
     echo "cut off: tables and pictures of what there is"
-    bounded 20 "$python" -m bench table --markdown "$out/cuda.json" >"$out/cuda.md"
-    bounded 20 "$python" -m bench plot "$out/cuda.json" --folder "$out"
+    bounded 20 "$python" -m bench table --markdown "$out/$name.json" >"$out/$name.md"
+    bounded 20 "$python" -m bench plot "$out/$name.json" --folder "$out"
   fi
-  if [ -f "$out/cuda.log" ]; then
-    printf '\n----- cuda.log\n'
-    cat "$out/cuda.log" && rm -f "$out/cuda.log"
+  if [ -f "$out/$name.log" ]; then
+    printf '\n----- %s.log\n' "$name"
+    cat "$out/$name.log" && rm -f "$out/$name.log"
   fi
-  line=$(grep -E 'Not measured:|dry run' "$log" | tail -2 | tr '\n' ' ')
+  line=$(grep -E 'Not measured:|dry run|^The kernel that the library|^Goals' "$log" | tail -4 | tr '\n' ' ')
   judge $code "${line:-see logs.txt}"
+}
+stage_onchip_bench() { bench_stage onchip --shapes onchip; }
+stage_bench() {
+  local words=()
+  # points that onchip_bench has measured are kept; none of a dry run
+  [ -n "$gpu" ] && chosen onchip_bench && [ -f "$out/onchip.json" ] && words=(--resume "$out/onchip.json")
+  bench_stage cuda "${words[@]}"
 }
 
 # --- the run -----------------------------------------------------------------------------------------
 
 commit=${GPU_CHECK_COMMIT:-$(git -C "$root" rev-parse --short=10 HEAD 2>/dev/null)}
 [ -n "${GPU_CHECK_COMMIT:-}" ] || [ -z "$commit" ] || git -C "$root" diff --quiet HEAD 2>/dev/null || commit+=+
-rm -f "$out"/[0-9]-*.log "$out"/{summary.json,logs.txt,exchanges.json,cuda.json,cuda.log,cuda.md,pictures.tar.gz} "$out"/cuda-*.png
+rm -f "$out"/[0-9][0-9]-*.log "$out"/{summary.json,logs.txt,exchanges.json,pictures.tar.gz} \
+  "$out"/{onchip,cuda}.{json,log,md} "$out"/{onchip,cuda}-*.png
 trap finish EXIT
 trap 'exit 143' TERM INT HUP
 
@@ -353,7 +389,7 @@ fi
 number=0
 for stage in $all_stages; do
   if chosen "$stage"; then
-    log=$out/$number-$stage.log
+    log=$out/$(printf '%02d' $number)-$stage.log
     limit=$(limit_of "$stage")
     begun=$SECONDS
     if [ "$limit" -lt $least ]; then

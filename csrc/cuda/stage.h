@@ -57,8 +57,8 @@ struct Subject {
             args.batch,           args.input_size,     args.hidden_size};
   }
   [[noreturn]] void fail(const char* where, const std::string& why) const {
-    throw std::runtime_error(std::string("rnnfast: the CUDA engine failed in ") + where +
-                             " (" + cell + ", " + dtype + ", T=" + std::to_string(seq_len) +
+    throw std::runtime_error(std::string("rnnfast: the CUDA engine failed in ") + where + " (" +
+                             cell + ", " + dtype + ", T=" + std::to_string(seq_len) +
                              " B=" + std::to_string(batch) + " I=" + std::to_string(input_size) +
                              " H=" + std::to_string(hidden_size) + "): " + why);
   }

@@ -19,7 +19,7 @@ CudaContext::~CudaContext() {
   for (const CudaStream& stream : streams_) on_host::delete_queue(stream.stream);
   on_host::delete_handle(static_cast<on_host::Handle*>(handle_));
 }
-CudaDevice CudaContext::device() const { 
+CudaDevice CudaContext::device() const {
   return {on_host::settings.capability, 132, on_host::settings.shared_bytes};
 }
 const CudaStream* CudaContext::streams(int count) {
