@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -134,6 +134,7 @@ def _cuda_row(
     sizes: tuple[int, int, int, int, int],
     dtype: torch.dtype,
     device: torch.device,
+    train: bool,
     kept: str,
     beside: Beside | None,
 ) -> Row:
@@ -156,8 +157,12 @@ def _cuda_row(
         tf32=tf32,
     )
     wish = engine.wished_cuda_kernel()
-    if wish == _cuda.KERNELS.index("onchip") and (why := passes.why_not_onchip()):
-        return Row(name, shape, "none", "-", 0, "-", "-", f"{why} (use_engine forces it)")
+    if wish == _cuda.KERNELS.index("onchip"):
+        why = passes.why_not_onchip()
+        if not why and train and (why := replace(passes, backward=True).why_not_onchip()):
+            why = f"forward can, but backward: {why}"
+        if why:
+            return Row(name, shape, "none", "-", 0, "-", "-", f"{why} (use_engine forces it)")
     launch, streams, steps, kernel = passes.choose(engine.wished_launch(), wish)
     split = "-" if streams == 1 else "layers" if passes.chained else "directions"
     if spec.diagonal:
@@ -204,7 +209,7 @@ def _row(
     if dtype not in (*DTYPES, torch.int8):
         return Row(name, shape, "none", *nothing, f"no engine for {dtype}: use float32, say")
     if device.type == "cuda":
-        return _cuda_row(name, shape, spec, sizes, dtype, device, kept, beside)
+        return _cuda_row(name, shape, spec, sizes, dtype, device, train, kept, beside)
     if device.type not in ("cpu", "meta"):
         return Row(name, shape, "none", *nothing, f"there is no engine for {device.type}")
     itemsize = (torch.float32 if dtype == torch.int8 else dtype).itemsize

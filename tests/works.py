@@ -93,8 +93,8 @@ def page() -> str:
         "# What works where",
         "",
         "Written by `python tests/works.py` from the tests that stand behind each row; a test",
-        "fails where this page and they differ. yes: the test passes. On CUDA devices the same tests",
-        "run where there is one; none has run them yet. torch.nn is that of torch "
+        "fails where this page and they differ. yes: the test passes. On CUDA devices the same",
+        "tests run where there is one; none has run them yet. torch.nn is that of torch "
         f"{torch.__version__.split('+')[0]}, on the CPU.",
     ]
     order = {name: k for k, name in enumerate(FILES)}
