@@ -130,8 +130,9 @@ def use_engine(
             it is. The last two of AVX-512 differ from it for bfloat16 and int8 only
         kernel: of the CPU engine, ``"packed"`` or ``"direct"``; of the CUDA engine, ``"step"`` (a
             product and a kernel a step) or ``"onchip"`` (w_hh stays on the chip for all steps; an
-            error where the layer, its dtype or the device is not for it); ``None`` leaves it as it
-            is
+            error where the layer, its dtype or the device is not for it, in backward too if
+            gradients are wanted); ``"auto"`` for the library's choice of that engine; ``None``
+            leaves it as it is. One call wishes for the kernel of one engine
         split: how threads divide a layer, ``"serial"``, ``"batch"`` or ``"units"``, with as many
             threads as that can use, and no two passes at once; ``"directions"`` or ``"layers"``:
             a layer's two directions, or its several layers of one direction, side by side, and
@@ -139,7 +140,7 @@ def use_engine(
             ``None`` leaves it as it is
         launch: of the CUDA engine, how the kernel of a step follows its product: ``"plain"``,
             ``"pdl"`` (programmatic dependent launch, from compute capability 9.0 on; below it is
-            plain all the same) or ``"auto"``; ``None`` leaves it as it is
+            plain all the same, as on chip) or ``"auto"``; ``None`` leaves it as it is
 
     Returns:
         An :class:`EngineScope`. Nothing has to be done with it; as a context manager it puts
@@ -158,7 +159,10 @@ def use_engine(
     global forced
     if name not in _NAMES:
         raise RuntimeError(f"rnnfast: use_engine needs one of {', '.join(_NAMES)}, got {name!r}")
-    on_cuda = kernel in _cuda.KERNELS
+    kernels = ("auto", *KERNELS, *_cuda.KERNELS)
+    if kernel is not None and kernel not in kernels:
+        raise RuntimeError(f"rnnfast: kernel must be one of {', '.join(kernels)}, got {kernel!r}")
+    on_cuda = kernel in _cuda.KERNELS or (kernel == "auto" and name == "cuda")
     cpu_options = not (isa is None and (kernel is None or on_cuda) and split is None)
     cuda_options = launch is not None or on_cuda
     if name == "reference" and (cpu_options or cuda_options):
@@ -182,9 +186,6 @@ def use_engine(
         raise RuntimeError(f"rnnfast: the CUDA engine can't run here: {missing}")
     if isa is not None and isa not in ISAS:
         raise RuntimeError(f"rnnfast: isa must be one of {', '.join(ISAS)}, got {isa!r}")
-    kernels = (*KERNELS, *_cuda.KERNELS)
-    if kernel is not None and kernel not in kernels:
-        raise RuntimeError(f"rnnfast: kernel must be one of {', '.join(kernels)}, got {kernel!r}")
     if split is not None and split not in SPLITS:
         raise RuntimeError(f"rnnfast: split must be one of {', '.join(SPLITS)}, got {split!r}")
     if isa is not None and isa not in available_isas():

@@ -159,8 +159,8 @@ def _cuda_row(
     wish = engine.wished_cuda_kernel()
     if wish == _cuda.KERNELS.index("onchip"):
         why = passes.why_not_onchip()
-        if not why and train and (why := replace(passes, backward=True).why_not_onchip()):
-            why = f"forward can, but backward: {why}"
+        if not why and train:
+            why = replace(passes, backward=True).why_not_onchip()
         if why:
             return Row(name, shape, "none", "-", 0, "-", "-", f"{why} (use_engine forces it)")
     launch, streams, steps, kernel = passes.choose(engine.wished_launch(), wish)

@@ -99,7 +99,8 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "float32": (
         lambda: rnnfast.LSTM(5, 9),
         torch.float32,
-        "float32 products without TF32 are not in the tiles",
+        "the on-chip engine has no float32 products without TF32, which "
+        "torch.backends.cudnn.rnn.fp32_precision allows",
     ),
     "lstm": (
         lambda: rnnfast.LSTM(5, 193),

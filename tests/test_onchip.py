@@ -106,7 +106,9 @@ def test_every_tile(tile: dict[str, Any], hidden: int) -> None:
             backward: dict[int, Any] = {}
             for kernel in (STEP, ONCHIP):
                 DEVICE.cuda_set_kernel(STEP if tile["backward"] else kernel)
-                forward[kernel] = DEVICE.forward(x, *t, None, reset, None, cell, False, True)
+                # what is kept is for a backward that must be able to run, too
+                save = tile["backward"] or hidden <= 128
+                forward[kernel] = DEVICE.forward(x, *t, None, reset, None, cell, False, save)
                 if not tile["backward"]:
                     assert DEVICE.launches(0) == (1 if kernel == ONCHIP else 3)
                     continue
@@ -124,11 +126,23 @@ def test_every_tile(tile: dict[str, Any], hidden: int) -> None:
 # --------------------------------------------------------------------------- numbers
 
 
-NUMBERS = [
-    Case(cell, 5, 11, 5, 17, dtype, reverse=packed, packed=packed)
-    for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+# dtype and options; each of them for every cell
+GIVEN: list[tuple[torch.dtype, dict[str, Any]]] = [
+    (dtype, {"packed": packed, "reverse": reverse})
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
     for packed in (False, True)
+    for reverse in (False, True)
+]
+GIVEN += [
+    (torch.float16, {"loss": "state"}),  # no gradient of y
+    (torch.float16, {"loss": "state", "packed": True}),
+    (torch.float16, {"layout": "expanded"}),
+    (torch.float32, {"loss": "y", "state": False, "bias": False, "reverse": True}),
+]
+NUMBERS = [
+    Case(cell, 5, 11, 5, 17, dtype, **options)
+    for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    for dtype, options in GIVEN
 ]
 
 
@@ -165,6 +179,73 @@ def test_directions_and_layers(cell: int, form: str, chained: bool) -> None:
     given = passes_of(cell, 3 if chained else 2, chained, **options)
     both(one_by_one, given, cell, chained, torch.bfloat16)
     both(at_once, given, cell, chained, torch.bfloat16)
+
+
+def dy_of(y: Tensor, form: str) -> Tensor | None:
+    """A gradient of y as autograd may bring it."""
+    if form == "none":
+        return None
+    if form == "expanded":  # over steps and rows
+        return torch.cos(y.flatten(0, -2)[0]).expand_as(y)
+    if form == "one_for_all_steps":  # packed: for all rows
+        return torch.cos(y[:1]).expand_as(y)
+    wide = y.new_full((*y.shape[:-1], 2 * y.shape[-1] + 3), float("nan"))
+    wide[..., 3 : 3 + y.shape[-1]] = torch.cos(y)
+    return wide[..., 3 : 3 + y.shape[-1]]
+
+
+def backward_of(cell: int, dtype: torch.dtype, **options: Any) -> tuple[Tensor, int, Any]:
+    """y, a mask of all gradients, and backward of a pass by kernel, dy and the gradients asked
+    for."""
+    options = {"dtype": dtype, "steps": 5, "batch": 11, "hidden": 17, **options}
+    x, (p,), sizes = passes_of(cell, 1, False, **options)
+    *t, reset = p.values()
+    DEVICE.cuda_set_kernel(STEP)
+    y, h_n, c_n, saved = DEVICE.forward(x, *t, sizes, reset, None, cell, False, True)
+
+    def backward(kernel: int, dy: Tensor | None, needs: int) -> list[Tensor]:
+        DEVICE.cuda_set_kernel(kernel)
+        found = DEVICE.backward(dy, torch.sin(h_n), torch.sin(c_n), x, *t, sizes, reset, y, saved,
+                                cell, False, needs)  # fmt: skip
+        assert DEVICE.cuda_last_run(6) == kernel
+        return list(found)
+
+    return y, needs_of(p), backward
+
+
+@pytest.mark.parametrize("cell", DENSE, ids=[CELLS[cell].name for cell in DENSE])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("form", ["none", "expanded", "one_for_all_steps", "wide"])
+def test_gradients_of_y_in_any_layout(cell: int, packed: bool, form: str) -> None:
+    """As by the step kernel, and with the bits of a dense dy (None: of zeros)."""
+    y, needs, backward = backward_of(cell, torch.bfloat16, packed=packed)
+    dy = dy_of(y, form)
+    got = backward(ONCHIP, dy, needs)
+    near(got, backward(STEP, dy, needs), torch.bfloat16)
+    dense = torch.zeros_like(y) if dy is None else dy.contiguous()
+    assert all(map(torch.equal, got, backward(ONCHIP, dense, needs)))
+
+
+NEEDS = {"dx": 1, "dh0": 2, "dc0": 4, "dw_ih": 8, "dw_hh": 16, "db_hh": 64, "weights": 0x78,
+         "dh0_dc0_dw_hh": 0x16}  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", [LSTM, GRU, RNN_TANH], ids=["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("state", [False, True], ids=["nostate", "state"])
+def test_only_the_gradients_asked_for(cell: int, packed: bool, state: bool) -> None:
+    """As by the step kernel, and with the bits that they have among all."""
+    y, all_needs, backward = backward_of(
+        cell, torch.float16, packed=packed, state=state, reset=state
+    )
+    dy = torch.cos(y)
+    whole = backward(ONCHIP, dy, all_needs)
+    for name, needs in NEEDS.items():
+        got = backward(ONCHIP, dy, needs)
+        near(got, backward(STEP, dy, needs), torch.float16)
+        for k, (found, same) in enumerate(zip(got, whole, strict=True)):
+            asked = bool(needs >> k & 1)
+            assert torch.equal(found, same) if asked else not found.numel(), f"{name}: result {k}"
 
 
 @pytest.mark.parametrize("cell", [LSTM, GRU], ids=["lstm", "gru"])
@@ -220,18 +301,48 @@ def test_rows_do_not_know_each_other() -> None:
     assert tolerance.same_bits(spoiled[:, others], y[:, others])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_large_numbers(dtype: torch.dtype) -> None:
-    """Infinities where the dtype has no larger number, and no NaN where there was none."""
-    x, (p,), _ = passes_of(RNN_RELU, 1, False, dtype=dtype, steps=3, batch=2, reset=False)
-    *t, reset = p.values()
+@pytest.mark.parametrize("hidden", [5, 31, 32])
+@pytest.mark.parametrize("cell", [RNN_TANH, RNN_RELU], ids=["tanh", "relu"])
+def test_infinities_stay_what_they_are(cell: int, hidden: int) -> None:
+    """relu overflows, or tanh's gradient; units beyond the layer's, whose weights are zeros, must
+    not make NaNs of that for the others."""
+    x, w_ih = torch.ones(12, 2, 1).half(), torch.full((hidden, 1), 3.0).half()
+    w_hh = torch.full((hidden, hidden), 1.0 if cell == RNN_RELU else 30.0).half()
+    given = (x, None, None, w_ih, w_hh, None, None, None, None, None)
     results = []
     for kernel in (STEP, ONCHIP):
         DEVICE.cuda_set_kernel(kernel)
-        y = DEVICE.forward(x * torch.finfo(dtype).max ** 0.5, *t, None, reset, None, RNN_RELU,
-                           False, False)[0]  # fmt: skip
-        results.append(y)
-    near([results[1]], [results[0]], dtype)
+        y, h_n, c_n, saved = DEVICE.forward(*given, None, cell, False, True)
+        if cell == RNN_TANH:
+            y = y * 0.5  # slopes that do not vanish
+        dx = DEVICE.backward(torch.full_like(y, 1e4), None, None, *given, y, saved, cell, False, 1)[
+            0
+        ]
+        results.append((y, dx))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got.isinf(), want.isinf()) and torch.equal(got.isnan(), want.isnan())
+        finite = want.isfinite()
+        near([got[finite]], [want[finite]], torch.float16)
+    assert results[0][0 if cell == RNN_RELU else 1].isinf().any()
+
+
+def test_no_launch_is_dependent() -> None:
+    x, (p,), _ = passes_of(LSTM, 1, False, dtype=torch.bfloat16)
+    *t, reset = p.values()
+    DEVICE.cuda_set_kernel(ONCHIP)
+    DEVICE.cuda_set_launch(1)
+    DEVICE.forward(x, *t, None, reset, None, LSTM, False, False)
+    DEVICE.cuda_set_launch(-1)
+    assert DEVICE.launches(1) == 0 and DEVICE.cuda_last_run(2) == 0
+
+
+def test_training_that_backward_can_not_take_fails_in_forward() -> None:
+    x, (p,), _ = passes_of(LSTM, 1, False, dtype=torch.bfloat16, steps=2, hidden=180)
+    *t, reset = p.values()
+    DEVICE.cuda_set_kernel(ONCHIP)
+    DEVICE.forward(x, *t, None, reset, None, LSTM, False, False)
+    with pytest.raises(RuntimeError, match="H = 176 units in one block in backward, got H = 180"):
+        DEVICE.forward(x, *t, None, reset, None, LSTM, False, True)
 
 
 # --------------------------------------------------------------------------- the choice
@@ -254,10 +365,10 @@ def test_the_step_engine_is_the_choice_until_it_is_measured() -> None:
 WHY_NOT = [
     ({"cell": INDRNN}, "needs a dense recurrence, got indrnn_tanh"),
     ({"sizes": (100, 32, 64, 128, 32)}, "no projection, got one from H = 128 to P = 32"),
-    ({"itemsize": 4}, "float32 products without TF32"),
+    ({"itemsize": 4}, "no float32 products without TF32, which torch.backends.cudnn.rnn"),
     ({"itemsize": 8}, "float64 products"),
     ({"sizes": (100, 32, 64, 193, 193)}, r"up to H = 192 units in one block, got H = 193"),
-    ({"sizes": (100, 32, 64, 177, 177), "backward": True}, "up to H = 176 units"),
+    ({"sizes": (9, 32, 64, 177, 177), "backward": True}, "H = 176 units in one block in backward"),
     ({"itemsize": 4, "tf32": True, "sizes": (9, 8, 8, 129, 129)}, "up to H = 128 units"),
     ({"shared_bytes": 99 << 10, "sizes": (9, 8, 8, 192, 192)}, "bytes of shared memory a block"),
 ]

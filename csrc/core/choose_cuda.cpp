@@ -50,7 +50,10 @@ CudaChoice choose_cuda(const Group& group, const CudaDevice& device, const CudaW
   if (device.capability < kDependentLaunches) choice.launch = Launch::kPlain;
   if (wish.kernel == static_cast<int>(CudaKernel::kOnchip)) {
     const int tile = tile_of(group, device, wish.tf32, nullptr);
-    if (tile >= 0) choice.tile = &kOnchipTiles[tile];
+    if (tile >= 0) {
+      choice.tile = &kOnchipTiles[tile];
+      choice.launch = Launch::kPlain;  // there is no product for its kernel to follow
+    }
   }
 
   // Sums are in float, or in double.

@@ -121,7 +121,9 @@ std::string why_not_cell(const Shape& shape, Operand operand) {
   if (shape.output_size != shape.hidden_size)
     return "the on-chip engine has no projection, got one from H = " +
            std::to_string(shape.hidden_size) + " to P = " + std::to_string(shape.output_size);
-  if (operand == Operand::kFloat32) return "float32 products without TF32 are not in the tiles";
+  if (operand == Operand::kFloat32)
+    return "the on-chip engine has no float32 products without TF32, which "
+           "torch.backends.cudnn.rnn.fp32_precision allows";
   if (operand == Operand::kFloat64) return "float64 products are not in the tiles";
   return "";
 }
@@ -207,7 +209,8 @@ std::string why_not_layer(const OnchipTile& tile, const Shape& shape) {
            " bytes, got " + std::to_string(shape.itemsize);
   if (shape.hidden_size > tile.hidden)
     return "the on-chip engine holds w_hh of up to H = " + std::to_string(tile.hidden) +
-           " units in " + place(tile) + ", got H = " + std::to_string(shape.hidden_size);
+           " units in " + place(tile) + (tile.backward ? " in backward" : "") +
+           ", got H = " + std::to_string(shape.hidden_size);
   return "";
 }
 

@@ -37,8 +37,10 @@ struct BackwardTile {
   static constexpr int kUnits = 16;
   static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
   static constexpr int kHalves = kUnits / 8, kSlices = kHidden / Fragment<scalar_t>::kDepth;
-  static constexpr int kThreads = kHidden / kUnits * 32;
+  static constexpr int kWarps = kHidden / kUnits, kThreads = 32 * kWarps;
   using Block = Weights<scalar_t, kSlices, G, kKept>;
+  static constexpr int kGateWords = kSlices * kSliceWords, kOperandWords = G * kGateWords;
+  static constexpr int kSharedBytes = 2 * 4 * kOperandWords + kWarps * Block::kSharedBytes;
 };
 
 // What a step needs of one cell, asked for a step ahead.
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(BackwardTile<Cell, scalar_t, kHidden, kKept>::
   using Tile = BackwardTile<Cell, scalar_t, kHidden, kKept>;
   constexpr int G = Tile::G, S = Tile::S, K = Tile::K, kHalves = Tile::kHalves;
   constexpr int kPlanes = K + S - 1, kUnits = Tile::kUnits;
-  constexpr int kGateWords = Tile::kSlices * kSliceWords, kOperandWords = G * kGateWords;
+  constexpr int kGateWords = Tile::kGateWords, kOperandWords = Tile::kOperandWords;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int H = p.hidden;
   const int64_t plane = static_cast<int64_t>(p.steps.batch) * H;  // of a state
@@ -205,8 +207,8 @@ __global__ void __launch_bounds__(BackwardTile<Cell, scalar_t, kHidden, kKept>::
       return *reinterpret_cast<const Words2*>(operand + gate * kGateWords + slice * kSliceWords +
                                               2 * lane);
     });
-    each_cell([&](int s, int j, int row, int) {
-      if (row >= now.rows) return;
+    each_cell([&](int s, int j, int row, int unit) {
+      if (row >= now.rows || unit >= H) return;
       RNNFAST_UNROLL
       for (int c = 0; c < Tile::Block::kChains; ++c) {
         RNNFAST_UNROLL

@@ -26,14 +26,17 @@ struct OnchipForward {
   float* saved;  // (N, K + S - 1, H), or null
 };
 
-template <class Cell, class scalar_t, int kHidden, int kUnits, int kKept>
+template <class Cell, class scalar_t, int kHidden, int kUnits_, int kKept>
 struct ForwardTile {
   static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
-  static constexpr int kHalves = kUnits / 8, kSlices = kHidden / Fragment<scalar_t>::kDepth;
+  static constexpr int kHalves = kUnits_ / 8, kSlices = kHidden / Fragment<scalar_t>::kDepth;
   static constexpr int kTiles = (G * kHalves + 1) / 2;
-  static constexpr int kThreads = kHidden / kUnits * 32;
+  static constexpr int kWarps = kHidden / kUnits_, kThreads = 32 * kWarps;
+  static constexpr int kUnits = kUnits_;
   using At = Halves<kUnits>;
   using Block = Weights<scalar_t, kSlices, kTiles, kKept>;
+  static constexpr int kOperandWords = kSlices * kSliceWords;
+  static constexpr int kSharedBytes = 2 * 4 * kOperandWords + kWarps * Block::kSharedBytes;
 };
 
 template <class Cell, class scalar_t, int kHidden, int kUnits, int kKept>
@@ -42,7 +45,7 @@ __global__ void __launch_bounds__(ForwardTile<Cell, scalar_t, kHidden, kUnits, k
   using Tile = ForwardTile<Cell, scalar_t, kHidden, kUnits, kKept>;
   using At = typename Tile::At;
   constexpr int G = Tile::G, S = Tile::S, K = Tile::K, kHalves = Tile::kHalves;
-  constexpr int kOperandWords = Tile::kSlices * kSliceWords;
+  constexpr int kOperandWords = Tile::kOperandWords;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int H = p.hidden;
   const int64_t plane = static_cast<int64_t>(p.steps.batch) * H;  // of a state
@@ -175,10 +178,11 @@ __global__ void __launch_bounds__(ForwardTile<Cell, scalar_t, kHidden, kUnits, k
       RNNFAST_UNROLL
       for (int k = 0; k < S; ++k) entered[k] = state[s][j][k];
       Cell::forward(x, gh, state[s][j], saved);
-      if (row >= now.rows) {
+      // A unit beyond the layer's stays zero, whatever an infinite h made of its zero weights.
+      if (row >= now.rows || unit >= H) {
         RNNFAST_UNROLL
         for (int k = 0; k < S; ++k) state[s][j][k] = entered[k];
-      } else if (p.saved && unit < H) {
+      } else if (p.saved) {
         float* const to = p.saved + (now.first_row + row) * (K + S - 1) * H + unit;
         RNNFAST_UNROLL
         for (int k = 0; k < K; ++k) to[k * H] = saved[k];

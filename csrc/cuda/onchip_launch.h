@@ -16,6 +16,14 @@ constexpr Operand kOperandOf = sizeof(scalar_t) == 2 ? Operand::kHalf : Operand:
 
 template <class Cell, class scalar_t, bool backward, int hidden, int units, int kept>
 constexpr auto kernel_of_tile() {
+  constexpr OnchipTile tile{
+      Exchange::kNone, Cell::kGates, kOperandOf<scalar_t>, backward, hidden, 1, 1, units, kept};
+  using Forward = ForwardTile<Cell, scalar_t, hidden, backward ? 8 : units, kept>;
+  using Backward = BackwardTile<Cell, scalar_t, hidden, kept>;
+  using Tile = std::conditional_t<backward, Backward, Forward>;
+  static_assert(Tile::kUnits == units && Tile::kThreads == tile.threads() &&
+                    Tile::kSharedBytes == tile.shared_bytes(),
+                "the table and the kernel mean the same tile");
   if constexpr (backward)
     return &onchip_backward<Cell, scalar_t, hidden, kept>;
   else
@@ -37,6 +45,8 @@ void with_onchip_kernel(const OnchipTile& tile, const Use& use) {
       return use(kernel_of_tile<Cell, scalar_t, backward, hidden_, units, kept>());
   RNNFAST_ONCHIP_TILES(RNNFAST_USE)
 #undef RNNFAST_USE
+  throw std::runtime_error("rnnfast: the on-chip engine has no kernel for the tile of H = " +
+                           std::to_string(tile.hidden));
 }
 
 // First rows of steps, on the device: they come as arguments of launches, since a copy from the
