@@ -30,7 +30,7 @@ Shape shape_of(const CheckedLayer& layer, int64_t cell, size_t itemsize) {
 // Runs passes of one dtype: the choice, the room, the streams, the engine.
 template <class Args, class Room, class Run>
 void run(const std::vector<Args>& passes, const std::vector<Shape>& shapes,
-         const CheckedLayer& layer, bool chained, bool backward, const Room& room_of,
+         const CheckedLayer& layer, bool chained, bool backward, bool saves, const Room& room_of,
          const Run& engine) {
   const Place place = layer.place;
   const bool tf32 = layer.dtype == ScalarType::Float && ask_torch_for_tf32();
@@ -41,9 +41,13 @@ void run(const std::vector<Args>& passes, const std::vector<Shape>& shapes,
   const int count = static_cast<int>(passes.size()), cell = shapes[0].cell;
   const Group group{shapes.data(), count, chained, backward};
   const CudaWish wish{wished_launch, wished_kernel, tf32};
-  if (wish.kernel == static_cast<int>(CudaKernel::kOnchip))
-    if (const std::string forced = why_not_onchip(group, device, tf32); !forced.empty())
-      fail(forced + " (use_engine forces the on-chip kernel)");
+  if (wish.kernel == static_cast<int>(CudaKernel::kOnchip)) {
+    std::string forced = why_not_onchip(group, device, tf32);
+    // What forward keeps is for a backward that must be able to run.
+    if (forced.empty() && saves)
+      forced = why_not_onchip({shapes.data(), count, chained, true}, device, tf32);
+    if (!forced.empty()) fail(forced + " (use_engine forces the on-chip kernel)");
+  }
   const CudaChoice choice = choose_cuda(group, device, wish);
   const Tensor room = empty({room_of(cell, choice, passes.data(), count)}, ScalarType::Byte, place);
   const CudaStream* streams = context.streams(choice.streams);
@@ -73,7 +77,7 @@ void run_forward(std::vector<ForwardCall>& calls, int64_t cell, bool chained) {
       passes.push_back(call.args<scalar_t>());
     }
     run(passes, shapes_of(calls, cell, sizeof(scalar_t)), calls[0].layer, chained, false,
-        forward_room<scalar_t>, cuda_forward<scalar_t>);
+        calls[0].save, forward_room<scalar_t>, cuda_forward<scalar_t>);
   });
 }
 
@@ -89,7 +93,7 @@ void run_backward(std::vector<BackwardCall>& calls, int64_t cell, bool chained) 
       call.layer.space_rows_evenly();
       passes.push_back(call.args<scalar_t>());
     }
-    run(passes, shapes_of(calls, cell, sizeof(scalar_t)), calls[0].layer, chained, true,
+    run(passes, shapes_of(calls, cell, sizeof(scalar_t)), calls[0].layer, chained, true, false,
         backward_room<scalar_t>, cuda_backward<scalar_t>);
   });
 }
@@ -119,6 +123,19 @@ BackwardResult cuda_backward_op(OptionalTensor dy, OptionalTensor dh_n, Optional
                      Incoming{dy, dh_n, dc_n, y, saved, needs}, cell, reverse);
   run_backward(calls, cell, false);
   return calls[0].result;
+}
+
+GateGradients cuda_gate_gradients_op(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
+                                     Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
+                                     Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                     OptionalTensor w_hr, OptionalTensor batch_sizes,
+                                     OptionalTensor reset, Tensor y, Tensor saved, int64_t cell,
+                                     bool reverse) {
+  std::vector<BackwardCall> calls;
+  calls.emplace_back(x, Pass{h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes,
+                     Incoming{dy, dh_n, dc_n, y, saved, kDh0 | kDc0, true}, cell, reverse);
+  run_backward(calls, cell, false);
+  return gates_of(calls[0]);
 }
 
 std::vector<Tensor> cuda_forward_group_op(Tensor x, Tensors passes, OptionalTensor batch_sizes,

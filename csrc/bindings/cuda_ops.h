@@ -15,6 +15,12 @@ BackwardResult cuda_backward_op(OptionalTensor dy, OptionalTensor dh_n, Optional
                                 OptionalTensor w_hr, OptionalTensor batch_sizes,
                                 OptionalTensor reset, Tensor y, Tensor saved, int64_t cell,
                                 bool reverse, int64_t needs);
+GateGradients cuda_gate_gradients_op(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
+                                     Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
+                                     Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                     OptionalTensor w_hr, OptionalTensor batch_sizes,
+                                     OptionalTensor reset, Tensor y, Tensor saved, int64_t cell,
+                                     bool reverse);
 std::vector<Tensor> cuda_forward_group_op(Tensor x, Tensors passes, OptionalTensor batch_sizes,
                                           int64_t cell, bool chained, bool save);
 std::vector<Tensor> cuda_backward_group_op(Tensor x, Tensors passes, OptionalTensor batch_sizes,

@@ -2,6 +2,7 @@
 // for the results.
 #pragma once
 
+#include <optional>
 #include <tuple>
 
 #include "results.h"
@@ -71,11 +72,16 @@ enum Needs : int64_t {
   kDwHr = 128
 };
 
+// dgx, dgh, dm: gradients of the pre-activations, and with a projection what arrives at y. dgh has
+// no rows where the cell keeps one buffer, dm none without a projection.
+using GateResult = std::tuple<Tensor, Tensor, Tensor>;
+
 // What backward is given beside the pass.
 struct Incoming {
   OptionalTensor dy, dh_n, dc_n;
   Tensor y, saved;
   int64_t needs;
+  bool gates = false;  // whether GateResult is asked for
 };
 
 // A checked backward pass with room for its results.
@@ -83,6 +89,7 @@ struct BackwardCall {
   CheckedLayer layer;
   Incoming in;
   BackwardResult result;
+  std::optional<GateResult> gates;
 
   // `used`: a dx that nobody reads any more, for this one if it has the same shape.
   BackwardCall(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
@@ -90,7 +97,8 @@ struct BackwardCall {
       : layer({x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, batch_sizes, d.reset, cell,
                reverse}),
         in(checked(layer, d, incoming)),
-        result(room(layer, incoming.needs, used)) {}
+        result(room(layer, incoming.needs, used)),
+        gates(incoming.gates ? std::optional(room_for_gates(layer)) : std::nullopt) {}
 
   static Incoming checked(const CheckedLayer& layer, const Pass& d, const Incoming& given) {
     const ScalarType dtype = layer.dtype;
@@ -151,6 +159,15 @@ struct BackwardCall {
             if_needed(kDwHr, {P, H})};
   }
 
+  static GateResult room_for_gates(const CheckedLayer& layer) {
+    const int64_t columns = layer.cell.gates * layer.hidden_size;
+    const auto rows = [&](bool needed, int64_t width) {
+      return empty({needed ? layer.rows : 0, width}, layer.dtype, layer.place);
+    };
+    return {rows(true, columns), rows(layer.cell.split_gates, columns),
+            rows(layer.projection, layer.output_size)};
+  }
+
   template <class scalar_t>
   BackwardArgs<scalar_t> args() const {
     BackwardArgs<scalar_t> args{};
@@ -174,6 +191,13 @@ struct BackwardCall {
     args.db_ih = wanted(kDbIh, std::get<5>(result));
     args.db_hh = wanted(kDbHh, std::get<6>(result));
     args.dw_hr = wanted(kDwHr, std::get<7>(result));
+    if (!gates) return args;
+    const auto kept = [](const Tensor& tensor) {
+      return tensor.size(0) > 0 ? out<scalar_t>(tensor) : nullptr;
+    };
+    args.dgx = kept(std::get<0>(*gates));
+    args.dgh = kept(std::get<1>(*gates));
+    args.dm = kept(std::get<2>(*gates));
     return args;
   }
 
@@ -182,6 +206,13 @@ struct BackwardCall {
     std::apply([](const auto&... tensors) { (fill_zero(tensors), ...); }, result);
   }
 };
+
+// dgx, dgh, dm, dh0, dc0: backward without the products outside of the loop.
+using GateGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+inline GateGradients gates_of(const BackwardCall& call) {
+  return std::tuple_cat(*call.gates,
+                        std::tuple{std::get<1>(call.result), std::get<2>(call.result)});
+}
 
 inline bool is_half(const Tensor& x) {
   const ScalarType dtype = checked_dtype("x", x);

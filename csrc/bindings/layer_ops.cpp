@@ -50,23 +50,37 @@ Tensor narrowed(const Tensor& from, ScalarType dtype) {
 
 }  // namespace
 
-BackwardResult backward_of_half(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
-                                const Incoming& in, int64_t cell, bool reverse) {
+namespace {
+
+// A call of 16 bits, run in float32.
+BackwardCall run_widened(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
+                         const Incoming& in, int64_t cell, bool reverse) {
   // The checks, on the tensors as they came.
   BackwardCall::checked(CheckedLayer({x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr,
                                       batch_sizes, d.reset, cell, reverse}),
                         d, in);
-  const BackwardCall wide(
-      widened(x),
-      {widened(d.h0), widened(d.c0), widened(d.w_ih), widened(d.w_hh), widened(d.b_ih),
-       widened(d.b_hh), widened(d.w_hr), d.reset},
-      batch_sizes,
-      {widened(in.dy), widened(in.dh_n), widened(in.dc_n), widened(in.y), in.saved, in.needs}, cell,
-      reverse);
+  BackwardCall wide(widened(x),
+                    {widened(d.h0), widened(d.c0), widened(d.w_ih), widened(d.w_hh),
+                     widened(d.b_ih), widened(d.b_hh), widened(d.w_hr), d.reset},
+                    batch_sizes,
+                    {widened(in.dy), widened(in.dh_n), widened(in.dc_n), widened(in.y), in.saved,
+                     in.needs, in.gates},
+                    cell, reverse);
   run_on_cpu(wide, cell);
-  return std::apply(
-      [&](const auto&... tensors) { return BackwardResult{narrowed(tensors, x.scalar_type())...}; },
-      wide.result);
+  return wide;
+}
+
+template <class Result>
+Result all_narrowed(const Result& result, ScalarType dtype) {
+  return std::apply([&](const auto&... tensors) { return Result{narrowed(tensors, dtype)...}; },
+                    result);
+}
+
+}  // namespace
+
+BackwardResult backward_of_half(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
+                                const Incoming& in, int64_t cell, bool reverse) {
+  return all_narrowed(run_widened(x, d, batch_sizes, in, cell, reverse).result, x.scalar_type());
 }
 
 namespace {
@@ -82,6 +96,21 @@ BackwardResult backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor d
   const BackwardCall call(x, pass, batch_sizes, incoming, cell, reverse);
   run_on_cpu(call, cell);
   return call.result;
+}
+
+GateGradients gate_gradients(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,
+                             OptionalTensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh,
+                             OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
+                             OptionalTensor batch_sizes, OptionalTensor reset, Tensor y,
+                             Tensor saved, int64_t cell, bool reverse) {
+  const Pass pass{h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset};
+  const Incoming incoming{dy, dh_n, dc_n, y, saved, kDh0 | kDc0, true};
+  if (is_half(x))
+    return all_narrowed(gates_of(run_widened(x, pass, batch_sizes, incoming, cell, reverse)),
+                        x.scalar_type());
+  const BackwardCall call(x, pass, batch_sizes, incoming, cell, reverse);
+  run_on_cpu(call, cell);
+  return gates_of(call);
 }
 
 }  // namespace
@@ -101,9 +130,15 @@ STABLE_TORCH_LIBRARY(rnnfast, m) {
       "Tensor saved, int "
       "cell, bool reverse, "
       "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gate_gradients(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
+      "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, "
+      "Tensor? reset, Tensor y, Tensor saved, int cell, bool reverse) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("forward", TORCH_BOX(&rnnfast::forward));
   m.impl("backward", TORCH_BOX(&rnnfast::backward));
+  m.impl("gate_gradients", TORCH_BOX(&rnnfast::gate_gradients));
 }

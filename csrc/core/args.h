@@ -64,6 +64,9 @@ struct BackwardArgs : LayerArgs<scalar_t> {
   const accumulator_of<scalar_t>* saved;
   scalar_t *dx, *dh0, *dc0;  // (N, I), (B, P), (S-1, B, H); null: not asked for
   scalar_t *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;  // weights' shapes; null: not asked for
+  // Gradients of the pre-activations, (N, G*H), where the cell keeps one buffer the first only; and
+  // with w_hr all that arrives at y, (N, P); null: not asked for.
+  scalar_t *dgx, *dgh, *dm;
 };
 
 }  // namespace rnnfast

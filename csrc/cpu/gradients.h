@@ -40,6 +40,20 @@ class GradientPass {
     if (args_.dx) input_gradient(base, part_of(rows_of(chunk), worker_.index, worker_.count));
   }
 
+  // Hands out the gate gradients of the steps of `chunk`.
+  void gates(Range chunk) {
+    const Range mine = part_of(rows_of(chunk), worker_.index, worker_.count);
+    const int64_t base = first_row(args_, chunk.begin), gates = Cell::kGates * args_.hidden_size;
+    const auto copy = [&](const scalar_t* from, int64_t from_row, scalar_t* to, int64_t columns) {
+      if (!to) return;
+      for (int64_t k = mine.begin; k < mine.end; ++k)
+        for (int64_t m = 0; m < columns; ++m) to[(base + k) * columns + m] = from[k * from_row + m];
+    };
+    copy(s_.dgx, s_.gate_row, args_.dgx, gates);
+    copy(s_.dgh, s_.gate_row, args_.dgh, gates);
+    copy(s_.dh_steps, args_.output_size, args_.dm, args_.output_size);
+  }
+
   // Adds the weights' gradients of the steps of `chunk` (`first`: nothing has been added yet).
   // Callers put barriers around it.
   void add(Range chunk, bool first) {
@@ -260,6 +274,7 @@ void run_backward(const BackwardArgs<scalar_t>& args, const Choice& choice,
       loop.step(at, base, args.dh0 != nullptr || !is_first_step);
     }
     barrier(worker);  // the chunk's gate gradients are complete
+    gradients.gates(chunk);
     gradients.inputs(chunk);
     note_done(args.done, worker, steps);
     gradients.add(chunk, first);

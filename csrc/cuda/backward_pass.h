@@ -27,13 +27,16 @@ class BackwardPass {
         plain_(!args.reset && !args.h0 && !args.batch_sizes),
         keeps_h_(args.dw_hh && !plain_) {
     const int64_t N = args.rows, H = args.hidden_size, P = args.output_size, B = args.batch;
-    dgx_ = arena.take<scalar_t>(N * gate_rows_);
-    dgh_ = Cell::kSplitGates ? arena.take<scalar_t>(N * gate_rows_) : dgx_;
+    dgx_ = args.dgx ? args.dgx : arena.take<scalar_t>(N * gate_rows_);
+    if (!Cell::kSplitGates)
+      dgh_ = dgx_;
+    else
+      dgh_ = args.dgh ? args.dgh : arena.take<scalar_t>(N * gate_rows_);
     dh_ = arena.take<acc_t>(B * P);
     dc_ = arena.take<acc_t>((Cell::kStates - 1) * B * H);
     h_entered_ = keeps_h_ ? arena.take<scalar_t>(N * P) : nullptr;
     if (args.w_hr) {
-      dm_ = arena.take<scalar_t>(N * P);
+      dm_ = args.dm ? args.dm : arena.take<scalar_t>(N * P);
       dh_whole_ = arena.take<acc_t>(B * H);
       if (args.dw_hr) m_ = arena.take<scalar_t>(N * H);
     }
