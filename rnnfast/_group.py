@@ -153,7 +153,8 @@ def applies(x: Tensor, passes: Sequence[Pass]) -> bool:
     have no fake kernels."""
     tensors = (x, *(t for one in passes for t in one))
     on_engine = x.is_cpu or x.is_cuda
-    return on_engine and all(type(t) in _PLAIN for t in tensors) and ops.is_eager(tensors)
+    plain = all(type(t) in _PLAIN for t in tensors) and ops.is_eager(tensors)
+    return on_engine and plain and not torch._C._are_functorch_transforms_active()
 
 
 def run(

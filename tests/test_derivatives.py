@@ -1,0 +1,435 @@
+"""Derivatives of every kind, each a row of docs/works.md; and the engines under torch.func, held
+against reference.py."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import works
+from torch import Tensor, nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import (
+    functional_call,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vjp,
+    vmap,
+)
+
+import rnnfast
+from rnnfast import _functorch
+
+f64 = torch.float64
+KINDS = ("LSTM", "GRU", "RNN")
+SECTION = "Derivatives"
+Sizes = tuple[int, int, int]
+
+
+def layers(library: Any, device: torch.device) -> list[Any]:
+    torch.manual_seed(0)
+    return [getattr(library, kind)(3, 4, device=device, dtype=f64) for kind in KINDS]
+
+
+def numbers(*shape: int, device: torch.device) -> Tensor:
+    return torch.randn(*shape, device=device, dtype=f64)
+
+
+def parameters(layer: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in layer.named_parameters()}
+
+
+def near(got: Any, want: Any) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+
+
+def numeric(f: Any, x: Tensor, v: Tensor, eps: float = 1e-6) -> Tensor:
+    """A directional derivative by differences."""
+    difference: Tensor = (f(x + eps * v) - f(x - eps * v)) / (2 * eps)
+    return difference
+
+
+# --------------------------------------------------------------------------- rows
+
+
+@works.row(SECTION, "first and second derivatives (gradcheck, gradgradcheck)")
+def test_double_backward(library: Any, device: torch.device) -> None:
+    for layer in layers(library, device):
+        x = numbers(3, 2, 3, device=device).requires_grad_()
+
+        def f(x: Tensor, *_: Tensor, layer: Any = layer) -> Tensor:
+            return layer(x)[0]
+
+        # small slices of the parameters would not be enough: all of them
+        inputs = (x, *layer.parameters())
+        assert gradcheck(f, inputs, fast_mode=True)
+        assert gradgradcheck(f, inputs, fast_mode=True)
+
+
+@works.row(SECTION, "a gradient penalty: the gradient's norm in the loss")
+def test_gradient_penalty(library: Any, device: torch.device) -> None:
+    for layer in layers(library, device):
+        x = numbers(4, 2, 3, device=device).requires_grad_()
+
+        def loss(x: Tensor, layer: Any = layer) -> Tensor:
+            score = layer(x)[0][-1].sum()
+            (g,) = torch.autograd.grad(score, x, create_graph=True)
+            return (g.norm(2, -1) - 1).square().mean()
+
+        penalty = loss(x)
+        weights = list(layer.parameters())
+        # the last bias adds to no gate's slope alone where a cell is linear in it: may be unused
+        found = torch.autograd.grad(penalty, [x, *weights], allow_unused=True)
+        v = numbers(4, 2, 3, device=device)
+        want = numeric(lambda x: loss(x.detach().requires_grad_()).detach(), x.detach(), v)
+        torch.testing.assert_close((found[0] * v).sum(), want, rtol=1e-5, atol=1e-8)
+
+
+@works.row(SECTION, "backward in eval mode")
+def test_eval_backward(library: Any, device: torch.device) -> None:
+    for layer in layers(library, device):
+        x = numbers(3, 2, 3, device=device).requires_grad_()
+        layer.eval()(x)[0].sum().backward()
+        assert x.grad is not None and x.grad.abs().max() > 0
+
+
+@works.row(SECTION, "`torch.func.grad`, `vjp`")
+def test_func_grad(library: Any, device: torch.device) -> None:
+    for layer in layers(library, device):
+        x = numbers(3, 2, 3, device=device)
+
+        def loss(p: Any, layer: Any = layer, x: Tensor = x) -> Tensor:
+            return functional_call(layer, p, (x,))[0].square().sum()
+
+        found = grad(loss)(parameters(layer))
+        layer(x)[0].square().sum().backward()
+        near(found, {name: p.grad for name, p in layer.named_parameters()})
+        y, back = vjp(lambda x, layer=layer: layer(x)[0], x)
+        z = x.clone().requires_grad_()
+        near(back(y)[0], torch.autograd.grad(layer(z)[0], z, y)[0])
+
+
+@works.row(
+    SECTION,
+    "`vmap` over inputs",
+    torch_nn="no batching rule",
+    error="Batching rule not implemented|BatchedTensor|vmap",
+)
+def test_vmap_inputs(library: Any, device: torch.device) -> None:
+    for layer in layers(library, device):
+        x = numbers(5, 3, 2, 3, device=device)
+        near(
+            vmap(lambda one, layer=layer: layer(one)[0])(x),
+            torch.stack([layer(one)[0] for one in x]),
+        )
+
+
+@works.row(
+    SECTION,
+    "`vmap` over weights (ensembles: `stack_module_state`)",
+    torch_nn="no batching rule",
+    error="Batching rule not implemented|BatchedTensor|vmap",
+)
+def test_vmap_weights(library: Any, device: torch.device) -> None:
+    for kind in range(len(KINDS)):
+        models = [layers(library, device)[kind] for _ in range(3)]
+        for model in models:
+            model.reset_parameters()
+        stacked, _ = stack_module_state(models)
+        x = numbers(3, 2, 3, device=device)
+
+        def one(p: Any, x: Tensor, model: Any = models[0]) -> Tensor:
+            return functional_call(model, p, (x,))[0]
+
+        near(vmap(one, in_dims=(0, None))(stacked, x), torch.stack([m(x)[0] for m in models]))
+        xs = numbers(3, 3, 2, 3, device=device)  # an input each, too
+        near(vmap(one)(stacked, xs), torch.stack([m(x)[0] for m, x in zip(models, xs)]))
+
+
+@works.row(
+    SECTION,
+    "per-sample gradients: `vmap(grad)`",
+    torch_nn="LSTM yes, GRU and RNN fail",
+    error=".",
+)
+def test_per_sample(library: Any, device: torch.device) -> None:
+    for layer in layers(library, device):
+        xs = numbers(5, 3, 3, device=device)
+
+        def loss(p: Any, one: Tensor, layer: Any = layer) -> Tensor:
+            return functional_call(layer, p, (one,))[0].square().sum()
+
+        found = vmap(grad(loss), in_dims=(None, 0))(parameters(layer), xs)
+        for k, one in enumerate(xs):
+            layer.zero_grad()
+            layer(one)[0].square().sum().backward()
+            near({name: g[k] for name, g in found.items()},
+                 {name: p.grad for name, p in layer.named_parameters()})  # fmt: skip
+
+
+@works.row(
+    SECTION,
+    "`jacrev`, batched cotangents (`is_grads_batched`)",
+)
+def test_jacrev(library: Any, device: torch.device) -> None:
+    for layer in layers(library, device):
+        x = numbers(2, 1, 3, device=device)
+        want = torch.autograd.functional.jacobian(lambda one, layer=layer: layer(one)[0], x)
+        near(jacrev(lambda one, layer=layer: layer(one)[0])(x), want)
+        z = x.clone().requires_grad_()
+        y = layer(z)[0]
+        each = torch.eye(y.numel(), dtype=f64, device=device).view(-1, *y.shape)
+        rows = torch.autograd.grad(y, z, each, is_grads_batched=True)[0]
+        near(rows.view(*y.shape, *x.shape), want)
+
+
+def tangent_wanted(layer: Any, x: Tensor, v: Tensor) -> Tensor:
+    """By differences, in float64."""
+    wide = copy.deepcopy(layer).double()
+    return numeric(lambda x: wide(x)[0].detach(), x.double(), v.double()).float()
+
+
+@works.row(
+    SECTION,
+    "forward mode: `jvp`, `jacfwd` (float32)",
+    torch_nn="not for LSTM",
+    error="NotImplementedError",
+)
+def test_jvp(library: Any, device: torch.device) -> None:
+    for layer in layers(library, device):
+        layer.float()
+        x, v = (numbers(3, 2, 3, device=device).float() for _ in range(2))
+        _, tangent = jvp(lambda x, layer=layer: layer(x)[0], (x,), (v,))
+        torch.testing.assert_close(tangent, tangent_wanted(layer, x, v), rtol=1e-4, atol=1e-5)
+        columns = jacfwd(lambda x, layer=layer: layer(x)[0])(x)
+        torch.testing.assert_close((columns * v).flatten(3).sum(-1), tangent)
+
+
+@works.row(
+    SECTION,
+    "forward mode: dual tensors (float32)",
+    torch_nn="not for LSTM",
+    error="NotImplementedError",
+)
+def test_dual_tensors(library: Any, device: torch.device) -> None:
+    for layer in layers(library, device):
+        layer.float()
+        x, v = (numbers(3, 2, 3, device=device).float() for _ in range(2))
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, v))[0]).tangent
+        assert tangent is not None
+        torch.testing.assert_close(tangent, tangent_wanted(layer, x, v), rtol=1e-4, atol=1e-5)
+
+
+@works.row(SECTION, "`hessian`, gradient of a gradient")
+def test_hessian(library: Any, device: torch.device) -> None:
+    for layer in layers(library, device):
+        x = numbers(2, 1, 3, device=device)
+
+        def loss(x: Tensor, layer: Any = layer) -> Tensor:
+            return layer(x)[0].pow(3).sum()
+
+        want = torch.autograd.functional.hessian(loss, x)
+        near(hessian(loss)(x), want)
+        near(jacrev(grad(loss))(x), want)
+        v = numbers(2, 1, 3, device=device)
+        along = grad(lambda x, loss=loss, v=v: (grad(loss)(x) * v).sum())
+        near(along(x), (want * v).flatten(3).sum(-1))
+
+
+@works.row(
+    SECTION, "vmaps inside vmaps: `vmap(vmap(grad))`", torch_nn="no batching rule", error="."
+)
+def test_nested_vmap(library: Any, device: torch.device) -> None:
+    for layer in layers(library, device):
+        xs = numbers(2, 3, 4, 3, device=device)
+
+        def loss(p: Any, one: Tensor, layer: Any = layer) -> Tensor:
+            return functional_call(layer, p, (one,))[0].square().sum()
+
+        per = vmap(vmap(grad(loss), in_dims=(None, 0)), in_dims=(None, 0))
+        found = per(parameters(layer), xs)
+        single = grad(loss)
+        want = single(parameters(layer), xs[1, 2])
+        near({name: g[1, 2] for name, g in found.items()}, want)
+
+
+# --------------------------------------------------------------------------- the engine does it
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "deep": {"num_layers": 2, "bidirectional": True},
+    "nobias": {"bias": False},
+    "batch_first": {"batch_first": True},
+}
+MAKE: dict[str, Any] = {
+    "lstm": rnnfast.LSTM,
+    "gru": rnnfast.GRU,
+    "rnn": rnnfast.RNN,
+    "indrnn": rnnfast.IndRNN,
+}
+
+
+def samples(layer: Any, extras: bool) -> tuple[Tensor, tuple[Any, ...], Any]:
+    """Six samples of a batch of two: x, and with `extras` initial states and resets of each."""
+    batch = 2
+    shape = (6, batch, 5, 3) if layer.batch_first else (6, 5, batch, 3)
+    x = torch.randn(shape, dtype=f64)
+    if not extras:
+        return x, (), None
+    rows = layer.num_layers * (1 + layer.bidirectional)
+    h = torch.randn(6, rows, batch, layer.proj_size or layer.hidden_size, dtype=f64)
+    c = torch.randn(6, rows, batch, layer.hidden_size, dtype=f64)
+    hx = (h, c) if isinstance(layer, rnnfast.LSTM) else h
+    return x, (hx,), torch.rand(shape[:3]) < 0.3
+
+
+@pytest.mark.parametrize("extras", [False, True], ids=["x", "states_and_resets"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", MAKE)
+def test_engine_under_vmap_and_grad(kind: str, options: str, extras: bool) -> None:
+    """The same as reference.py's, and it is the engine that ran: recurrences of all samples at
+    once."""
+    layer = MAKE[kind](3, 4, dtype=f64, **OPTIONS[options])
+    x, hx, reset = samples(layer, extras)
+    weigh = torch.randn(40, dtype=f64)
+
+    def loss(p: Any, x: Tensor, *rest: Any) -> Tensor:
+        y, last = functional_call(layer, p, (x, *(rest or (None,))))
+        last = last[0] if isinstance(last, tuple) else last
+        return (y.cos() * weigh[: y.size(-1)]).sum() + last.sin().sum()
+
+    f = vmap(grad(loss, argnums=(0, 1)), in_dims=(None, 0, *(0,) * (len(hx) + (reset is not None))))
+    args = (parameters(layer), x, *hx, *([reset] if reset is not None else []))
+    with rnnfast.use_engine("cpu"):
+        found = f(*args)
+    assert rnnfast.last_run()["engine"] == "cpu"
+    with rnnfast.use_engine("reference"):
+        want = f(*args)
+    near(found, want)
+
+
+def test_engine_with_a_projection() -> None:
+    layer = rnnfast.LSTM(3, 5, proj_size=2, dtype=f64)
+    x = torch.randn(4, 6, 3, dtype=f64)
+
+    def loss(p: Any, one: Tensor) -> Tensor:
+        return functional_call(layer, p, (one,))[0].cos().sum()
+
+    f = vmap(grad(loss), in_dims=(None, 0))
+    with rnnfast.use_engine("cpu"):
+        found = f(parameters(layer), x)
+    with rnnfast.use_engine("reference"):
+        near(found, f(parameters(layer), x))
+
+
+def test_states_alone_are_batched() -> None:
+    """The input is the same for all samples, the initial states are not."""
+    layer = rnnfast.GRU(3, 4, dtype=f64)
+    x, h = torch.randn(5, 2, 3, dtype=f64), torch.randn(6, 1, 2, 4, dtype=f64)
+
+    def loss(h: Tensor, p: Any) -> Tensor:
+        return functional_call(layer, p, (x, h))[0].square().sum()
+
+    f = vmap(grad(loss, argnums=(0, 1)), in_dims=(0, None))
+    found = f(h, parameters(layer))
+    with rnnfast.use_engine("reference"):
+        near(found, f(h, parameters(layer)))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_any_dimension_may_be_mapped(dim: int) -> None:
+    layer = rnnfast.LSTM(3, 4, dtype=f64)
+    x = torch.randn(5, 2, 3, dtype=f64)
+    xs = torch.stack([x * k for k in range(1, 5)], dim)
+    found = vmap(lambda one: layer(one)[1], in_dims=dim, out_dims=1)(xs)
+    for k in range(4):
+        near((found[0][:, k], found[1][:, k]), layer(x * (k + 1))[1])
+
+
+def test_parameters_that_require_gradients_stay_differentiable() -> None:
+    """A loss of per-sample gradients (their norms, say) is differentiated once more."""
+    layer = rnnfast.LSTM(3, 4, dtype=f64)
+    xs = torch.randn(3, 5, 3, dtype=f64)
+
+    def loss(p: Any, one: Tensor) -> Tensor:
+        return functional_call(layer, p, (one,))[0].square().sum()
+
+    def norms() -> Tensor:
+        each = vmap(grad(loss), in_dims=(None, 0))(dict(layer.named_parameters()), xs)
+        return sum((g.square().sum() for g in each.values()), torch.zeros((), dtype=f64))
+
+    wanted = list(layer.parameters())
+    found = torch.autograd.grad(norms(), wanted)
+    with rnnfast.use_engine("reference"):
+        near(found, torch.autograd.grad(norms(), wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_other_types(dtype: torch.dtype) -> None:
+    layer = rnnfast.GRU(3, 8, dtype=dtype)
+    xs = torch.randn(4, 5, 3).to(dtype)
+
+    def loss(p: Any, one: Tensor) -> Tensor:
+        return functional_call(layer, p, (one,))[0].sum()
+
+    found = vmap(grad(loss), in_dims=(None, 0))(parameters(layer), xs)
+    eps = torch.finfo(dtype).eps
+    for k, one in enumerate(xs):
+        layer.zero_grad()
+        layer(one)[0].sum().backward()
+        for name, p in layer.named_parameters():
+            assert p.grad is not None and found[name].dtype == dtype
+            error = (found[name][k].double() - p.grad.double()).abs().max()
+            assert error <= 8 * eps * p.grad.double().abs().max() + 1e-12
+
+
+def test_cells_under_vmap() -> None:
+    cell = rnnfast.LSTMCell(3, 4, dtype=f64)
+    xs = torch.randn(5, 2, 3, dtype=f64)
+
+    def loss(p: Any, one: Tensor) -> Tensor:
+        return functional_call(cell, p, (one,))[0].square().sum()
+
+    f = vmap(grad(loss), in_dims=(None, 0))
+    found = f(parameters(cell), xs)
+    with rnnfast.use_engine("reference"):
+        near(found, f(parameters(cell), xs))
+
+
+def test_forced_engines_refuse_what_they_cannot() -> None:
+    """Forward mode and gradients of gradients are the reference's: a forced engine says so."""
+    layer = rnnfast.GRU(3, 4, dtype=f64)
+    x = torch.randn(3, 2, 3, dtype=f64)
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x)[0].square().sum()
+
+    with rnnfast.use_engine("cpu"):
+        vmap(grad(loss))(torch.stack([x, x]))
+        for refused in (
+            lambda: grad(lambda x: grad(loss)(x).sum())(x),
+            lambda: jvp(loss, (x,), (x,)),
+        ):
+            with pytest.raises(RuntimeError, match='engine "cpu" was forced and can\'t run under'):
+                refused()
+
+
+def test_what_is_private_is_still_there() -> None:
+    """torch's list of transforms has no public name: this fails loudly when it goes."""
+    assert _functorch.transforms() == []
+    seen: list[Any] = []
+
+    def f(x: Tensor) -> Tensor:
+        seen.append([str(kind).rsplit(".", 1)[-1] for kind in _functorch.transforms()])
+        return x.sum()
+
+    vmap(grad(f))(torch.ones(2, 3))
+    jvp(f, (torch.ones(2),), (torch.ones(2),))
+    assert seen == [["Vmap", "Grad"], ["Jvp"]]
