@@ -4,6 +4,7 @@ the tools are fakes."""
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,10 @@ ptxas info    : Used {registers} registers, used 0 barriers
 """
 
 
+# void rnnfast::cuda::onchip_backward<GruCell, BFloat16, 192, 5>(): 12 warps, 3 in each quarter.
+TILE = "_ZN7rnnfast4cuda15onchip_backwardINS0_7GruCellENS_8BFloat16ELi192ELi5EEEvv"
+
+
 def check_kernels(log: Path, *entries: dict[str, object]) -> tuple[int, str]:
     usual = {"name": "sums", "arch": "sm_90a", "stack": 0, "spill": 0, "registers": 40}
     log.write_text("".join(ENTRY.format(**(usual | entry)) for entry in entries))
@@ -121,6 +126,7 @@ def check_kernels(log: Path, *entries: dict[str, object]) -> tuple[int, str]:
         ({"spill": 8}, "sums on sm_90a: 0 bytes of stack, spills of 8 and 8 bytes"),
         ({"stack": 16}, "sums on sm_90a: 16 bytes of stack"),
         ({"registers": 65}, "sums on sm_90a: 65 registers, 64 allowed"),
+        ({"name": TILE, "registers": 169}, "192, 5> on sm_90a: 169 registers, 168 allowed"),
         ({}, "sums is not on the list"),
         ({"arch": "sm_80"}, "forward_steps<LstmCell, float> is missing for sm_80"),
     ],
@@ -130,6 +136,22 @@ def test_kernels_that_spill_or_are_missing(
 ) -> None:
     status, text = check_kernels(tmp_path / "log", entry)
     assert status == 1 and words in text, text
+
+
+def test_a_tile_may_have_all_that_its_threads_can_have(tmp_path: Path) -> None:
+    _, text = check_kernels(tmp_path / "log", {"name": TILE, "registers": 168})
+    assert "allowed" not in text and "not on the list" not in text, text
+
+
+def test_bounds_of_tiles_are_those_of_the_table() -> None:
+    """Which the core has compiled in (RNNFAST_DEV=1)."""
+    from rnnfast import _core
+
+    tool = runpy.run_path(str(ROOT / "tools" / "check_kernels.py"))
+    built = [tile for tile in _core.onchip_tiles() if tile["built"]]
+    for tile in built:
+        assert tool["most_of_tile"](tile["hidden"], tile["units"]) == tile["registers"]
+    assert set(tool["onchip"]().values()) == {tile["registers"] for tile in built}
 
 
 def test_a_build_without_a_report_of_ptxas(tmp_path: Path) -> None:

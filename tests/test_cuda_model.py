@@ -6,7 +6,9 @@ above their floors, and that figures worked out by hand come out. No GPU has con
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +37,10 @@ def _layer(cell: str = "lstm", H: int = 64, B: int = 8, T: int = 256, **more: An
 
 def _kind(tile: dict[str, Any]) -> tuple[str, int, str, bool]:
     return tile["exchange"], tile["gates"], tile["operand"], tile["backward"]
+
+
+def _blocks(estimate: dict[str, Any]) -> int:
+    return int(TILES[estimate["tile"]]["blocks"])
 
 
 def _largest(*kind: Any) -> int:
@@ -286,3 +292,55 @@ def test_by_hand_anchors() -> None:
     assert none["binding"] == "gates"
     special = _of(_ranked(special=True, H=128, B=8), "none")
     assert special["floors"]["gates"] == pytest.approx(1024 * 10 / 16 / CLOCK, rel=1e-6)
+
+
+# --------------------------------------------------------------------------- the document
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
+TABLE = DOCUMENT.read_text(encoding="utf-8").split("### Predictions against the goals")[1]
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in TABLE.split("\n\n**")[0].splitlines()
+    if line.startswith("|")
+][2:]
+ENGINE = re.compile(r"(none|cluster|grid) \((\d+)(?:; back (\d+))?\)")
+
+
+@pytest.mark.parametrize("row", ROWS[:-1], ids=lambda row: f"{row[0]}, {row[2]}")
+def test_the_document_has_the_predictions_of_today(row: list[str]) -> None:
+    """A row's H, B | goal | engine | step | floor | needs | + products | forward + backward."""
+    H, B = map(int, row[0].split(","))
+    named = ENGINE.match(row[2])
+    assert named, row[2]
+    T = 1024
+    ways = (_ranked(H=H, B=B, T=T, I=H, saving=True), _ranked(H=H, B=B, T=T, I=H, backward=True))
+    forward = _of(ways[0], named[1])
+    assert _blocks(forward) == int(named[2])
+    backward = min(
+        (e for e in ways[1] if e["engine"] != "step" and e["total"]), key=lambda e: e["step"]
+    )
+    if named[3]:
+        backward = _of(ways[1], named[1])
+        assert _blocks(backward) == int(named[3])
+    floor = max(forward["floors"].values())
+    step = forward["step"]
+    both = step + backward["step"]
+    products = (forward["around"] + backward["around"]) / T
+    goal = row[1].split()[0]
+    assert row[3:] == [
+        f"{step:.2f}",
+        f"{forward['binding']} {floor:.2f}",
+        "-" if goal == "-" else f"{100 * floor / float(goal):.0f} %",
+        f"{step + forward['around'] / T:.2f}",
+        f"{row[7].split(', ')[0]}, {both:.2f}, {both + products:.2f}",
+    ]
+
+
+def test_the_document_has_the_step_engine_of_today() -> None:
+    assert "step engine" in ROWS[-1][0] and len(ROWS) == 9
+    found = re.findall(r"([\d.]+) \((\d+), (\d+)\)", ROWS[-1][3])
+    assert len(found) == 2
+    for step, H, B in found:
+        e = _of(_ranked(H=int(H), B=int(B), I=int(H), saving=True), "step")
+        assert step == f"{e['step']:.1f}"
+        assert ROWS[-1][4] == f"{e['binding']} {max(e['floors'].values()):.2f}"

@@ -189,7 +189,7 @@ constexpr RNNFAST_HD bits_t in_band(bits_t bits) {
 
 // The sum of a unit's parts, always in this order.
 template <class acc_t, class Load>
-RNNFAST_HD acc_t sum_parts(int parts, const Load& load) {
+RNNFAST_HD acc_t add_parts(int parts, const Load& load) {
   acc_t sum = load(0);
   for (int part = 1; part < parts; ++part) sum += load(part);
   return sum;

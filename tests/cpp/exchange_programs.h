@@ -101,7 +101,7 @@ class Recorder {
   }
   void sum(int i) {
     const int region = b_.pushed ? blocks() + at_.rank : global() + 1;
-    sum_parts<int>(group().parts_used(), [&](int k) {
+    add_parts<int>(group().parts_used(), [&](int k) {
       add(part(loads(), i, region, at_.rank, k, at_.cell_share(group()),
                b_.part_at(i, at_.rank, k)));
       return 0;
