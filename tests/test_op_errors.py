@@ -11,6 +11,8 @@ import torch
 from cases import Case
 from torch import Tensor
 
+import rnnfast
+
 f64 = torch.float64
 
 
@@ -304,3 +306,14 @@ def test_choose_survives_any_size() -> None:
                 split = torch.ops.rnnfast.choose(4, cell, big, big, big, big, big, 4, threads)
                 used = torch.ops.rnnfast.choose(1, cell, big, big, big, big, big, 4, threads)
                 assert split in (0, 1, 2) and 1 <= used <= threads
+
+
+def test_freed_memory_is_an_error() -> None:
+    """FSDP frees the storage of a parameter between its uses; who still holds it gets a sentence."""
+    layer = rnnfast.GRU(3, 4)
+    layer.weight_hh_l0.untyped_storage().resize_(0)
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="w_hh has no memory: its storage of 48"),
+    ):
+        layer(torch.randn(2, 1, 3))

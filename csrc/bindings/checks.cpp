@@ -116,6 +116,10 @@ void check_same(const char* name, const Tensor& tensor, ScalarType dtype, Place 
   if (tensor.scalar_type() != dtype)
     fail(std::string(name) + " must have the dtype of x, " + dtype_text(dtype) + ", got " +
          dtype_text(tensor.scalar_type()));
+  // A sharded parameter between its uses, say, that something kept holding on to.
+  if (tensor.numel() > 0 && !tensor.const_data_ptr())
+    fail(std::string(name) + " has no memory: its storage of " + std::to_string(tensor.numel()) +
+         " numbers was freed");
 }
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, Place place) {
