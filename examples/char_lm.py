@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import rnnfast
 
@@ -182,6 +181,8 @@ def make_runs(args: argparse.Namespace, corpus: Corpus) -> list[Run]:
 
 def train(runs: list[Run], corpus: Corpus, args: argparse.Namespace) -> None:
     """Alternate blocks of steps until ``--steps`` are done or ``--seconds`` are over."""
+    from tqdm import tqdm
+
     start = time.perf_counter()
     interval = 0.2 if sys.stderr.isatty() else 20.0  # a log wants a few lines only
     with tqdm(total=args.steps, unit="step", dynamic_ncols=True, mininterval=interval) as bar:

@@ -7,10 +7,14 @@
 """
 
 from . import functional
+from ._onnx import onnx_translations
+from ._patched import patched
+from ._truncated import truncated
 from .accelerate import accelerate, restore
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .engine import engines, last_run, use_engine
 from .explain import Explanation, explain
+from .lazy import LazyGRU, LazyIndRNN, LazyLSTM, LazyRNN
 from .modules import GRU, LSTM, RNN, IndRNN
 from .quantize import QuantizedGRU, QuantizedIndRNN, QuantizedLSTM, QuantizedRNN, quantize
 
@@ -24,6 +28,10 @@ __all__ = [
     "GRUCell",
     "IndRNN",
     "LSTMCell",
+    "LazyGRU",
+    "LazyIndRNN",
+    "LazyLSTM",
+    "LazyRNN",
     "QuantizedGRU",
     "QuantizedIndRNN",
     "QuantizedLSTM",
@@ -35,7 +43,10 @@ __all__ = [
     "explain",
     "functional",
     "last_run",
+    "onnx_translations",
+    "patched",
     "quantize",
     "restore",
+    "truncated",
     "use_engine",
 ]

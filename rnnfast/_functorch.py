@@ -71,8 +71,8 @@ def _one_by_one(function: Any, info: Any, in_dims: Sequence[Any], args: Sequence
 
 
 class Forward(torch.autograd.Function):
-    """``rnnfast::forward`` with its arguments; what is saved comes as (T, B, planes, H), so that its
-    batch is a dimension."""
+    """``rnnfast::forward`` with its arguments; what is saved comes as (T, B, planes, H), so that
+    its batch is a dimension."""
 
     @staticmethod
     def forward(*args: Any) -> Any:

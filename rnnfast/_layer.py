@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from . import _run, _step
 from ._freeze import Frozen, why_not
 from ._step_plan import StepPlan
 from .cells import CellSpec, cell_spec
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SPECS: dict[str, CellSpec] = {
     "LSTM": cell_spec("lstm"),
@@ -33,6 +36,33 @@ class Layer(nn.RNNBase):
     """What the four layers share."""
 
     _frozen: Frozen | None = None
+    #: Whether forward keeps only the states every 64 steps for backward, which computes the gates
+    #: between them anew. May be set at any time, and holds from the next call on.
+    recompute: bool = False
+
+    def _set_recompute(self, recompute: bool) -> None:
+        if not isinstance(recompute, bool):
+            name, found = type(self).__name__, type(recompute).__name__
+            raise TypeError(f"rnnfast: recompute of {name} must be a bool, got {found}")
+        if recompute:  # else the class says it
+            self.recompute = True
+
+    # torch.nn keeps a list of the weights beside the parameters, and weak references to them. Here
+    # there is neither: a list gets old, and holds computed weights that can't be copied;
+    # torch.utils.swap_tensors (load_state_dict under swap_module_params) refuses weak references.
+    __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
+    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
+
+    @property
+    def _flat_weights(self) -> list[Any]:  # type: ignore[override]
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    def _init_flat_weights(self) -> None:
+        self.__dict__.pop("_flat_weights", None)  # of torch.nn's layer that this one was
+        self._flat_weight_refs = []
+
+    def _update_flat_weights(self) -> None:
+        pass
 
     def _weights(self) -> Sequence[Any]:
         # read at every call: functional_call, parametrizations and attributes may replace them
@@ -57,7 +87,9 @@ class Layer(nn.RNNBase):
         frozen.packed(self._parameters)  # or an error: other weights
         return frozen.step_plan(self.bias)
 
-    def forward(self, input: Any, hx: Any = None, reset: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self, input: Any, hx: Any = None, reset: Any = None, lengths: Any = None
+    ) -> tuple[Any, Any]:
         """Run the layer.
 
         Args:
@@ -68,15 +100,27 @@ class Layer(nn.RNNBase):
                 second direction of a bidirectional layer is cut between the same two steps. For
                 packed input a :class:`~torch.nn.utils.rnn.PackedSequence` packed in the same way,
                 or its ``data``
+            lengths: number of valid steps of each row of padded, batched input, an integer tensor
+                in any order. Output and gradients are zero behind them, the final state is that of
+                a row's last valid step, and the second direction begins there; what stands in the
+                padding is never read. As packing with ``enforce_sorted=False`` and padding again,
+                but it can be compiled and exported, too. On a GPU each call waits for them
 
-        Shape: as in the class; reset has that of input without the features.
+        Shape: as in the class; reset has that of input without the features, lengths :math:`(B)`.
+
+        Raises:
+            RuntimeError: lengths of another shape or dtype, below 1 or above T (in a graph when it
+                runs), or with packed or unbatched input; and what the class says
 
         Example::
 
             >>> done = torch.rand(5, 3) < 0.1              # (T, B): which steps begin an episode
             >>> output, state = layer(torch.randn(5, 3, 10), reset=done)
+            >>> output, state = layer(torch.randn(5, 3, 10), lengths=torch.tensor([2, 5, 1]))
         """
-        return _run.of_module(type(self).__name__, SPECS[self.mode], self, input, hx, reset)
+        return _run.of_module(
+            type(self).__name__, SPECS[self.mode], self, input, hx, reset, lengths
+        )
 
     def step(self, input: Any, state: Any = None, reset: Any = None) -> tuple[Any, Any]:
         r"""Run one step, for streams whose next input is not known yet.
@@ -113,6 +157,17 @@ class Layer(nn.RNNBase):
         """
         return _step.step(self, SPECS[self.mode], input, state, reset)
 
+    def extra_repr(self) -> str:
+        """What differs from a default; torch.nn's text, and what torch.nn has not."""
+        text = super().extra_repr()
+        usual = "relu" if self.mode.startswith("IND") else "tanh"
+        nonlinearity = getattr(self, "nonlinearity", usual)
+        if nonlinearity != usual:
+            text += f", nonlinearity={nonlinearity}"
+        if self.recompute:
+            text += ", recompute=True"
+        return text if self._frozen is None else f"{text}, frozen=True"
+
     def flatten_parameters(self) -> None:
         """Do nothing; every parameter keeps storage of its own.
 
@@ -120,7 +175,7 @@ class Layer(nn.RNNBase):
         for torch.nn calls it.
         """
 
-    def freeze(self) -> Layer:
+    def freeze(self) -> Self:
         """Pack the weights once, for inference, and keep the packed copy until :meth:`unfreeze`.
 
         Without it each call packs anew where that pays, because weights may change between
@@ -152,7 +207,7 @@ class Layer(nn.RNNBase):
         self._frozen = Frozen(SPECS[self.mode], self._parameters, self._flat_weights_names, count)
         return self
 
-    def unfreeze(self) -> Layer:
+    def unfreeze(self) -> Self:
         """Drop what :meth:`freeze` kept; the layer computes and trains as before.
 
         Returns:
@@ -185,5 +240,6 @@ class Layer(nn.RNNBase):
     def __setstate__(self, state: dict[str, Any]) -> None:
         refreeze = state.pop("_refreeze", False)
         super().__setstate__(state)
+        self._init_flat_weights()
         if refreeze:
             self._refreeze()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cuda, _group, _reset, engine, ops, reference
+from . import _cuda, _functorch, _group, _lengths, _recompute, _reset, engine, ops, reference
 from ._cast import (
     autocast_weights,
     check_device,
@@ -33,19 +33,24 @@ def _has_tangent(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def use_reference(
-    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    packed_rows: bool = False,
 ) -> bool:
     """Whether a call goes to reference.py; an error if nothing can run it."""
     if engine.forced == "reference":
         return True
     # an operator would stop functorch, and lose a tangent without a word
-    if _transforms_active() or (
+    if (_transforms_active() and not _fits_transforms(x, packed_rows)) or (
         forward_ad._current_level >= 0 and _has_tangent((x, h0, c0, *weights))
     ):
         if engine.forced != "auto":
             raise RuntimeError(
-                f'rnnfast: the engine "{engine.forced}" was forced and can\'t run under functorch '
-                'transforms or forward-mode AD; use_engine("auto") or use_engine("reference") can'
+                f'rnnfast: the engine "{engine.forced}" was forced and can\'t run under these '
+                "functorch transforms or forward-mode AD (vmap and one gradient it can); "
+                'use_engine("auto") or use_engine("reference") can'
             )
         return True
     if x.dtype not in DTYPES:
@@ -59,6 +64,12 @@ def use_reference(
     elif engine.forced == "cuda":
         raise RuntimeError(f'rnnfast: the engine "cuda" was forced, got a tensor on {x.device}')
     return False
+
+
+def _fits_transforms(x: Tensor, packed_rows: bool) -> bool:
+    """Whether _functorch.py has rules for the transforms in force, on tensors of an engine."""
+    plain = not (packed_rows or torch.compiler.is_compiling()) and x.dtype in DTYPES
+    return plain and (x.is_cpu or x.is_cuda) and _functorch.fits()
 
 
 def _check_engine(x: Tensor) -> None:
@@ -93,15 +104,25 @@ def direction(
     reset: Tensor | None,
     packed_weights: Tensor | None,
     reverse: bool,
+    lengths: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of one layer: (y, h_n, c_n)."""
     if use_ref:
         check_weights(spec, x, w_ih, w_hh, b_ih, b_hh, w_hr)
         if not torch.compiler.is_compiling():
             engine.note_reference()
+        if lengths is not None:
+            return _lengths.direction(
+                True, spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, None, reverse,
+                False,
+            )  # fmt: skip
         return reference.forward(
             x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset, cell=spec, reverse=reverse
         )
+    if _transforms_active():
+        tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+        return _functorch.direction(spec, tensors, reset, reverse)
     save = _is_grad_enabled() and (
         w_hh.requires_grad
         or x.requires_grad
@@ -112,6 +133,15 @@ def direction(
         ops.refuse_packed(packed_weights)
         # an exported graph is for inference; should it be trained, backward computes `saved` anew
         save = not torch.compiler.is_exporting()
+    if lengths is not None:
+        return _lengths.direction(
+            False, spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, packed_weights,
+            reverse, save and not recompute,
+        )  # fmt: skip
+    if save and recompute:
+        return _recompute.run(
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset, spec.id, reverse
+        )
     args = (
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset, packed_weights, spec.id,
         reverse, save,
@@ -137,14 +167,19 @@ def stack(
     batch_sizes: Tensor | None,
     reset: Tensor | None,
     packed_weights: Sequence[Tensor] | None,
+    lengths: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions.
 
     x (T, B, I) or packed (N, I), h0 (L*D, B, P), c0 (L*D, B, H) or None, reset (T, B) or (N,) as
-    the forward direction has it; packed_weights: those of a frozen layer. Gives y, h_n (L*D, B, P)
-    and c_n (L*D, B, H), which is empty for cells of one state.
+    the forward direction has it; packed_weights: those of a frozen layer; lengths: of padded x,
+    where a graph keeps them. Gives y, h_n (L*D, B, P) and c_n (L*D, B, H), which is empty for
+    cells of one state.
     """
-    use_ref = use_reference(x, h0, c0, weights)
+    use_ref = use_reference(x, h0, c0, weights, batch_sizes is not None)
+    # some cells save nothing but y
+    recompute = recompute and spec.saved > 0 and _is_grad_enabled()
     if use_ref and batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.size(0))
     if num_layers == 1 and directions == 1:
@@ -165,8 +200,13 @@ def stack(
             reset,
             None if packed_weights is None else packed_weights[0],
             False,
+            lengths,
+            recompute,
         )
-        return y, h_n.unsqueeze(0), c_n
+        if use_ref or _transforms_active():
+            return y, h_n.unsqueeze(0), c_n
+        # no view: FSDP2 loses its hook on one that is then changed in place
+        return y, h_n.unsqueeze_(0), c_n
 
     count = num_layers * directions
     each = len(weights) // count
@@ -188,24 +228,28 @@ def stack(
         )  # fmt: skip
 
     outs: list[tuple[Tensor, Tensor, Tensor]] = []
-    grouped = not use_ref and _group.applies(x, given)
+    one_by_one = use_ref or recompute or lengths is not None
+    grouped = not one_by_one and _group.applies(x, given)
     if grouped and directions == 1 and dropout == 0:
         outs = _group.run(spec, x, given, batch_sizes, True)
         return outs[-1][0], torch.stack([o[1] for o in outs]), torch.cat([o[2] for o in outs])
     y = x
+    last = (lengths, recompute)
     for layer in range(num_layers):
         passes = given[layer * directions : (layer + 1) * directions]
         if grouped and directions == 2:
             of_layer = _group.run(spec, y, passes, batch_sizes, False)
         else:
             of_layer = [
-                direction(use_ref, spec, y, *tensors, batch_sizes, reset, packed, k == 1)  # type: ignore[call-arg]
+                direction(  # type: ignore[call-arg]
+                    use_ref, spec, y, *tensors, batch_sizes, reset, packed, k == 1, *last
+                )
                 for k, (*tensors, reset, packed) in enumerate(passes)
             ]
         outs += of_layer
         ys = [out[0] for out in of_layer]
         y = ys[0] if directions == 1 else torch.cat(ys, -1)
-        if dropout != 0 and layer < num_layers - 1:
+        if layer < num_layers - 1 and dropout != 0:
             y = torch.dropout(y, dropout, True)  # torch.nn's draw, so that seeds give its masks
     return y, torch.stack([o[1] for o in outs]), torch.cat([o[2] for o in outs])
 
@@ -230,6 +274,8 @@ def layer(
     dropout: float,
     bidirectional: bool,
     packed_weights: Sequence[Tensor] | None,
+    lengths: Any = None,
+    recompute: bool = False,
 ) -> tuple[Any, Any]:
     """A whole layer as torch.nn has it: input and hx in any of their forms, its errors."""
     two_states = spec.states == 2
@@ -242,6 +288,9 @@ def layer(
         weights, cast = autocast_weights(weights, weight.device.type)
         if cast is not None:
             weight, dtype = weights[0], cast
+    rows = None
+    if lengths is not None:
+        input, reset, rows, lengths = _lengths.enter(input, reset, lengths, batch_first)
     if isinstance(input, PackedSequence):
         x, batch_sizes, sorted_indices, unsorted_indices = input
         batch = 0
@@ -335,12 +384,15 @@ def layer(
 
     y, h_n, c_n = stack(
         spec, x, h0, c0, weights, bias, num_layers, directions, dropout, batch_sizes, reset,
-        packed_weights,
+        packed_weights, lengths, recompute,
     )  # fmt: skip
 
     output: Any = y
     if batch_sizes is not None:
-        output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        if rows is None:
+            output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        else:
+            output = _lengths.leave(rows, y, batch_first)
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
             c_n = c_n.index_select(1, unsorted_indices) if two_states else c_n
@@ -354,14 +406,15 @@ def layer(
 
 
 def of_module(
-    name: str, spec: CellSpec, module: Any, input: Any, hx: Any, reset: Any
+    name: str, spec: CellSpec, module: Any, input: Any, hx: Any, reset: Any, lengths: Any = None
 ) -> tuple[Any, Any]:
     """A whole layer with the options and the current weights of a module."""
     weights, packed = module._current()
     return layer(
         name, spec, input, hx, reset, weights, module.input_size, module.hidden_size,
         module.proj_size, module.num_layers, module.bias, module.batch_first,
-        module.dropout if module.training else 0.0, module.bidirectional, packed,
+        module.dropout if module.training else 0.0, module.bidirectional, packed, lengths,
+        getattr(module, "recompute", False),
     )  # fmt: skip
 
 

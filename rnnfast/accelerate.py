@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from . import _cuda
 from ._checks import DTYPES
+from ._layer import Layer
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .modules import GRU, LSTM, RNN, IndRNN
 
@@ -71,11 +74,57 @@ def _own_storage(parameters: Iterable[nn.Parameter]) -> None:
                     p.data = p.data.clone()
 
 
+# What a model may be wrapped in already, by the module and the class: looked up among what was
+# imported, since importing all of it would take longer than anything here.
+_WRAPPERS = (
+    ("torch.nn.parallel", "DistributedDataParallel", "DistributedDataParallel"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "FullyShardedDataParallel"),
+    ("torch.distributed.fsdp", "FSDPModule", "fully_shard"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "torch.compile"),
+)
+
+
+def _wrapper(module: nn.Module) -> str | None:
+    """What holds on to the classes or parameters of the modules in this one, if anything does."""
+    for place, name, words in _WRAPPERS:
+        kind = getattr(sys.modules.get(place), name, None)
+        if kind is not None and isinstance(module, kind):
+            return words
+    return "compile()" if module._compiled_call_impl is not None else None
+
+
+def _refuse_wrapped(model: nn.Module, swaps: Iterable[nn.Module]) -> None:
+    inside = set(swaps)
+    for name, module in model.named_modules():
+        path = f"its module {name}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            if module.original_name in {kind.__name__ for kind in _FAST}:
+                raise RuntimeError(
+                    "rnnfast: accelerate needs modules of Python, got a torch.jit.ScriptModule "
+                    f"({path}, a scripted {module.original_name}); accelerate the model that it "
+                    "was made from, and compile that with torch.compile or torch.export"
+                )
+            continue
+        words = _wrapper(module)
+        # fully_shard derives a class of its own
+        sharded = words == "fully_shard" and any(base in _FAST for base in type(module).__bases__)
+        if words is not None and (sharded or not inside.isdisjoint(module.modules())):
+            raise RuntimeError(
+                f"rnnfast: accelerate must come before {words}, and {path} went through that "
+                "already; call rnnfast.accelerate(model) first, then wrap the model"
+            )
+
+
 def _why_not(module: nn.Module) -> str | None:
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and type(module) not in _FAST:
         if isinstance(module, _OURS):
             return "it is one of rnnfast's already"
+        if is_parametrized(module):
+            names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+            return f"it is parametrized ({names}): accelerate first, and parametrize then"
         return f"its class {type(module).__name__} is derived from torch.nn's and may differ"
+    if "forward" in module.__dict__:
+        return "a forward of its own was set on it, which would run on"
     for name, p in module.named_parameters(recurse=False):
         if not (p.is_cpu or p.is_meta):
             why = _cuda.why_not_on(p.device) if p.is_cuda else f"there is none for {p.device.type}"
@@ -96,8 +145,11 @@ def accelerate(model: _Model) -> _Model:
     ``nn.RNNCellBase``) are True.
 
     Parameters that cuDNN had flattened into one buffer get memory of their own; views of any other
-    buffer (a flat optimizer's, say) stay what they are. Subclasses of torch.nn's layers, and
-    layers whose weights no engine can run on (of another device or dtype) are left alone.
+    buffer (a flat optimizer's, say) stay what they are. Left alone are subclasses of torch.nn's
+    layers (:func:`rnnfast.patched` is for code that defines them), parametrized layers
+    (parametrize after this call; pruning and the old ``weight_norm``, which keep the class, may
+    come before), layers with a ``forward`` of their own, and layers whose weights no engine can
+    run on (of another device or dtype).
 
     To see what was swapped and what was not, and why, let the logger ``"rnnfast"`` speak before
     the call, ``logging.basicConfig(level="INFO")``; ``print(rnnfast.explain(model))`` lists
@@ -111,6 +163,8 @@ def accelerate(model: _Model) -> _Model:
 
     Raises:
         TypeError: if ``model`` is no :class:`torch.nn.Module`
+        RuntimeError: if a layer to be swapped is in a scripted model, or in one that went through
+            torch.compile, DistributedDataParallel or FSDP already; nothing is changed then
 
     Example::
 
@@ -119,11 +173,13 @@ def accelerate(model: _Model) -> _Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"rnnfast: accelerate needs a torch.nn.Module, got {type(model).__name__}")
-    for name, module in model.named_modules():
-        if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-            continue
-        path = name or "the model itself"
-        why = _why_not(module)
+    found = {
+        name or "the model itself": (module, _why_not(module))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+    }
+    _refuse_wrapped(model, (module for module, why in found.values() if why is None))
+    for path, (module, why) in found.items():
         if why is not None:
             _log.info("left %s (%s) alone: %s", path, type(module).__name__, why)
             continue
@@ -131,6 +187,8 @@ def accelerate(model: _Model) -> _Model:
         _own_storage(module.parameters(recurse=False))
         module.__class__ = _FAST[plain]  # type: ignore[assignment]
         module.__dict__[_MARK] = True
+        if isinstance(module, Layer):
+            module._init_flat_weights()
         _log.info("swapped %s: torch.nn.%s -> rnnfast.%s", path, plain.__name__, plain.__name__)
     return model
 
@@ -149,10 +207,11 @@ def restore(model: _Model) -> _Model:
         >>> rnnfast.restore(rnnfast.accelerate(model))
     """
     for name, module in model.named_modules():
-        if module.__dict__.pop(_MARK, False) and type(module) in _PLAIN:
-            module.__dict__.pop("_frozen", None)
+        if module.__dict__.get(_MARK, False) and type(module) in _PLAIN:
+            for ours in (_MARK, "_frozen", "recompute"):
+                module.__dict__.pop(ours, None)
             module.__class__ = _PLAIN[type(module)]
             if isinstance(module, nn.RNNBase):
-                module.flatten_parameters()  # as cuDNN wants them; on the CPU it does nothing
+                module._init_flat_weights()  # as cuDNN wants them
             _log.info("restored %s: torch.nn.%s", name or "the model itself", type(module).__name__)
     return model

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from . import _run
+from ._signatures import Device, States
 from .cells import cell_spec
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
@@ -78,14 +80,16 @@ class LSTMCell(nn.RNNCellBase):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, 4, device, dtype)
 
-    def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    if TYPE_CHECKING:  # torch.nn's calls give Any
+
+        def __call__(self, input: Tensor, hx: States | None = None) -> States: ...
+
+    def forward(self, input: Tensor, hx: States | None = None) -> States:
         """Run one step; see the class."""
         dims = input.dim()
         if dims not in (1, 2):
@@ -108,6 +112,10 @@ class LSTMCell(nn.RNNCellBase):
 
 
 class _OneStateCell(nn.RNNCellBase):
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
+
     def _step(self, who: str, spec: Any, input: Tensor, hx: Tensor | None) -> Tensor:
         dims = input.dim()
         if dims not in (1, 2):
@@ -169,8 +177,8 @@ class GRUCell(_OneStateCell):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, 3, device, dtype)
 
@@ -226,8 +234,8 @@ class RNNCell(_OneStateCell):
         hidden_size: int,
         bias: bool = True,
         nonlinearity: str = "tanh",
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, 1, device, dtype)
         self.nonlinearity = nonlinearity

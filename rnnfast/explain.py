@@ -265,6 +265,8 @@ def _layer_rows(name: str, module: nn.Module, x: Any, seq_len: int, batch: int) 
             return "" if frozen is None else f"freeze(), {frozen.bytes(index) / 2**20:.1f} MiB"
 
         def beside(layer: int, direction: int, inputs: int) -> Beside | None:
+            if train and spec_of(m).saved > 0 and getattr(m, "recompute", False):
+                return None  # one pass after the other, a chunk at a time
             if m.bidirectional:
                 return Beside(2, False, direction, inputs)
             if m.num_layers == 1 or (m.training and m.dropout > 0):

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _run
+from ._signatures import Input as Form
+from ._signatures import States
 from .cells import CellSpec, cell_spec
 
 __all__ = [
@@ -31,7 +33,6 @@ __all__ = [
 ]
 
 Input = Tensor | PackedSequence
-States = tuple[Tensor, Tensor]
 
 _LSTM = cell_spec("lstm")
 _GRU = cell_spec("gru")
@@ -55,11 +56,13 @@ _LAYER_DOC = r"""{what}
         training: whether dropout is applied
         bidirectional: two directions, :math:`D = 2`
         reset: true at the first step of each new sequence, as :class:`rnnfast.LSTM` takes it
+        lengths: valid steps of each row of padded input, as :class:`rnnfast.LSTM` takes them
 
     Shape:
         - input: :math:`(T, B, I)`, :math:`(B, T, I)` if ``batch_first``, :math:`(T, I)`, or packed
         - hx: :math:`(D \cdot L, B, H)`, or :math:`(D \cdot L, H)` for unbatched input{projection}
         - reset: bool, input's shape without the features
+        - lengths: integers, :math:`(B)`
         - Output: ``(output, {out})`` of the same forms, :math:`D \cdot H` features
 
     Raises:
@@ -112,6 +115,7 @@ def _layer(
     dropout: float,
     training: bool,
     bidirectional: bool,
+    lengths: Tensor | None,
 ) -> tuple[Any, Any]:
     count = num_layers * (2 if bidirectional else 1)
     each = 4 if bias else 2
@@ -141,11 +145,12 @@ def _layer(
         dropout if training else 0.0,
         bidirectional,
         None,
+        lengths,
     )
 
 
 def lstm(
-    input: Input,
+    input: Form,
     hx: States | None,
     weights: Sequence[Tensor],
     *,
@@ -156,17 +161,18 @@ def lstm(
     training: bool = False,
     bidirectional: bool = False,
     reset: Input | None = None,
-) -> tuple[Any, States]:
+    lengths: Tensor | None = None,
+) -> tuple[Form, States]:
     if hx is not None and not isinstance(hx, Tensor) and len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
     return _layer(
         "LSTM", _LSTM, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional,
+        training, bidirectional, lengths,
     )  # fmt: skip
 
 
 def gru(
-    input: Input,
+    input: Form,
     hx: Tensor | None,
     weights: Sequence[Tensor],
     *,
@@ -177,15 +183,16 @@ def gru(
     training: bool = False,
     bidirectional: bool = False,
     reset: Input | None = None,
-) -> tuple[Any, Tensor]:
+    lengths: Tensor | None = None,
+) -> tuple[Form, Tensor]:
     return _layer(
         "GRU", _GRU, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional,
+        training, bidirectional, lengths,
     )  # fmt: skip
 
 
 def rnn_tanh(
-    input: Input,
+    input: Form,
     hx: Tensor | None,
     weights: Sequence[Tensor],
     *,
@@ -196,15 +203,16 @@ def rnn_tanh(
     training: bool = False,
     bidirectional: bool = False,
     reset: Input | None = None,
-) -> tuple[Any, Tensor]:
+    lengths: Tensor | None = None,
+) -> tuple[Form, Tensor]:
     return _layer(
         "RNN", _RNN_TANH, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional,
+        training, bidirectional, lengths,
     )  # fmt: skip
 
 
 def rnn_relu(
-    input: Input,
+    input: Form,
     hx: Tensor | None,
     weights: Sequence[Tensor],
     *,
@@ -215,15 +223,16 @@ def rnn_relu(
     training: bool = False,
     bidirectional: bool = False,
     reset: Input | None = None,
-) -> tuple[Any, Tensor]:
+    lengths: Tensor | None = None,
+) -> tuple[Form, Tensor]:
     return _layer(
         "RNN", _RNN_RELU, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional,
+        training, bidirectional, lengths,
     )  # fmt: skip
 
 
 def indrnn_tanh(
-    input: Input,
+    input: Form,
     hx: Tensor | None,
     weights: Sequence[Tensor],
     *,
@@ -234,15 +243,16 @@ def indrnn_tanh(
     training: bool = False,
     bidirectional: bool = False,
     reset: Input | None = None,
-) -> tuple[Any, Tensor]:
+    lengths: Tensor | None = None,
+) -> tuple[Form, Tensor]:
     return _layer(
         "IndRNN", _INDRNN_TANH, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional,
+        training, bidirectional, lengths,
     )  # fmt: skip
 
 
 def indrnn_relu(
-    input: Input,
+    input: Form,
     hx: Tensor | None,
     weights: Sequence[Tensor],
     *,
@@ -253,10 +263,11 @@ def indrnn_relu(
     training: bool = False,
     bidirectional: bool = False,
     reset: Input | None = None,
-) -> tuple[Any, Tensor]:
+    lengths: Tensor | None = None,
+) -> tuple[Form, Tensor]:
     return _layer(
         "IndRNN", _INDRNN_RELU, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional,
+        training, bidirectional, lengths,
     )  # fmt: skip
 
 

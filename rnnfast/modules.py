@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from ._layer import Layer
+from ._signatures import Device, LSTMCalls, OneStateCalls
 
 __all__ = ["GRU", "LSTM", "RNN", "IndRNN"]
 
@@ -21,7 +22,7 @@ def _no_proj_size(kwargs: dict[str, Any], name: str) -> None:
         raise TypeError(f"{name}.__init__() got an unexpected keyword argument '{key}'")
 
 
-class LSTM(Layer):
+class LSTM(LSTMCalls):
     r"""Long short-term memory, a drop-in for :class:`torch.nn.LSTM`.
 
     .. math::
@@ -47,8 +48,10 @@ class LSTM(Layer):
         bidirectional: two directions (:math:`D = 2`), outputs concatenated
         proj_size: size :math:`P` of the projected output; 0 for none (:math:`P = H`)
         device, dtype: of the parameters
+        recompute: keep only the states every 64 steps for backward, and compute what lies between
+            anew there; an attribute, too
 
-    Inputs: input, (h_0, c_0), reset
+    Inputs: input, (h_0, c_0), reset, lengths
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
         weights, input and states are cast to its dtype, and the outputs have it (float64 weights,
         and those of a frozen layer, stay as they are, and the rest is cast to theirs).
@@ -60,6 +63,7 @@ class LSTM(Layer):
         - c_0, c_n: :math:`(D \cdot L, B, H)` or :math:`(D \cdot L, H)`
         - reset: bool, input's shape without the features, or packed like it; true at the first
           step of a new sequence
+        - lengths: integers, :math:`(B)`, valid steps of the rows of padded input
         - output: :math:`(T, B, D \cdot P)` in the form of input
 
     Outputs: output, (h_n, c_n)
@@ -97,13 +101,16 @@ class LSTM(Layer):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
     ) -> None:
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, proj_size, device, dtype,
         )  # fmt: skip
+        self._set_recompute(recompute)
 
     # torch.nn.LSTM's methods, for code that calls or overrides them
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -111,7 +118,7 @@ class LSTM(Layer):
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
 
-class GRU(Layer):
+class GRU(OneStateCalls):
     r"""Gated recurrent unit, a drop-in for :class:`torch.nn.GRU`.
 
     .. math::
@@ -134,8 +141,10 @@ class GRU(Layer):
         dropout: probability of an element being zeroed between layers in training
         bidirectional: two directions (:math:`D = 2`), outputs concatenated
         device, dtype: of the parameters
+        recompute: keep only the states every 64 steps for backward, and compute what lies between
+            anew there; an attribute, too
 
-    Inputs: input, h_0, reset
+    Inputs: input, h_0, reset, lengths
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
         weights, input and states are cast to its dtype, and the outputs have it (float64 weights,
         and those of a frozen layer, stay as they are, and the rest is cast to theirs).
@@ -146,6 +155,7 @@ class GRU(Layer):
         - h_0, h_n: :math:`(D \cdot L, B, H)` or :math:`(D \cdot L, H)`
         - reset: bool, input's shape without the features, or packed like it; true at the first
           step of a new sequence
+        - lengths: integers, :math:`(B)`, valid steps of the rows of padded input
         - output: :math:`(T, B, D \cdot H)` in the form of input
 
     Outputs: output, h_n
@@ -180,8 +190,10 @@ class GRU(Layer):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         _no_proj_size(kwargs, "GRU")
@@ -189,6 +201,7 @@ class GRU(Layer):
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, 0, device, dtype,
         )  # fmt: skip
+        self._set_recompute(recompute)
 
 
 def _check_nonlinearity(nonlinearity: str) -> None:
@@ -196,7 +209,7 @@ def _check_nonlinearity(nonlinearity: str) -> None:
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
 
 
-class RNN(Layer):
+class RNN(OneStateCalls):
     r"""Elman RNN, a drop-in for :class:`torch.nn.RNN`.
 
     .. math::
@@ -214,8 +227,9 @@ class RNN(Layer):
         dropout: probability of an element being zeroed between layers in training
         bidirectional: two directions (:math:`D = 2`), outputs concatenated
         device, dtype: of the parameters
+        recompute: taken, and changes nothing: this layer keeps nothing beyond input and output
 
-    Inputs: input, h_0, reset
+    Inputs: input, h_0, reset, lengths
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
         weights, input and states are cast to its dtype, and the outputs have it (float64 weights,
         and those of a frozen layer, stay as they are, and the rest is cast to theirs).
@@ -226,6 +240,7 @@ class RNN(Layer):
         - h_0, h_n: :math:`(D \cdot L, B, H)` or :math:`(D \cdot L, H)`
         - reset: bool, input's shape without the features, or packed like it; true at the first
           step of a new sequence
+        - lengths: integers, :math:`(B)`, valid steps of the rows of padded input
         - output: :math:`(T, B, D \cdot H)` in the form of input
 
     Outputs: output, h_n
@@ -261,8 +276,10 @@ class RNN(Layer):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         _no_proj_size(kwargs, "RNN")
@@ -272,9 +289,10 @@ class RNN(Layer):
             "RNN_" + nonlinearity.upper(), input_size, hidden_size, num_layers, bias,
             batch_first, dropout, bidirectional, 0, device, dtype,
         )  # fmt: skip
+        self._set_recompute(recompute)
 
 
-class IndRNN(Layer):
+class IndRNN(OneStateCalls):
     r"""Independently recurrent network: every unit sees only its own past.
 
     .. math::
@@ -293,8 +311,9 @@ class IndRNN(Layer):
         dropout: probability of an element being zeroed between layers in training
         bidirectional: two directions (:math:`D = 2`), outputs concatenated
         device, dtype: of the parameters
+        recompute: taken, and changes nothing: this layer keeps nothing beyond input and output
 
-    Inputs: input, h_0, reset
+    Inputs: input, h_0, reset, lengths
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
         weights, input and states are cast to its dtype, and the outputs have it (float64 weights,
         and those of a frozen layer, stay as they are, and the rest is cast to theirs).
@@ -305,6 +324,7 @@ class IndRNN(Layer):
         - h_0, h_n: :math:`(D \cdot L, B, H)` or :math:`(D \cdot L, H)`
         - reset: bool, input's shape without the features, or packed like it; true at the first
           step of a new sequence
+        - lengths: integers, :math:`(B)`, valid steps of the rows of padded input
         - output: :math:`(T, B, D \cdot H)` in the form of input
 
     Outputs: output, h_n
@@ -339,8 +359,10 @@ class IndRNN(Layer):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
     ) -> None:
         _check_nonlinearity(nonlinearity)
         self.nonlinearity = nonlinearity
@@ -358,6 +380,7 @@ class IndRNN(Layer):
             setattr(self, name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self._init_flat_weights()
         self.reset_parameters()
+        self._set_recompute(recompute)
 
     def reset_parameters(self) -> None:
         """Draw the initial weights anew."""
@@ -367,10 +390,6 @@ class IndRNN(Layer):
                 nn.init.uniform_(weight, 0.0, 1.0)
             else:
                 nn.init.uniform_(weight, -bound, bound)
-
-    def extra_repr(self) -> str:
-        text = super().extra_repr()
-        return text if self.nonlinearity == "relu" else f"{text}, nonlinearity={self.nonlinearity}"
 
 
 LAYERS: tuple[type[Layer], ...] = (LSTM, GRU, RNN, IndRNN)

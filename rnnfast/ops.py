@@ -19,12 +19,13 @@ from ._checks import check_layer, has_values
 from ._library import load
 from .cells import CELLS, cell_spec
 
-__all__ = ["backward", "forward", "pack", "pack_int8"]
+__all__ = ["backward", "forward", "gate_gradients", "pack", "pack_int8"]
 
 load()
 
 forward = torch.ops.rnnfast.forward.default
 backward = torch.ops.rnnfast.backward.default
+gate_gradients = torch.ops.rnnfast.gate_gradients.default
 pack = torch.ops.rnnfast.pack.default
 pack_int8 = torch.ops.rnnfast.pack_int8.default
 

@@ -154,13 +154,15 @@ class Quantized(nn.Module):
             self._planned_for = packed
         return self._plan
 
-    def forward(self, input: Any, hx: Any = None, reset: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self, input: Any, hx: Any = None, reset: Any = None, lengths: Any = None
+    ) -> tuple[Any, Any]:
         """As the layer that was quantized; input and states are float32.
 
         Raises:
             RuntimeError: if a gradient is asked for, too
         """
-        return _run.of_module(self.mode.split("_")[0], self._spec, self, input, hx, reset)
+        return _run.of_module(self.mode.split("_")[0], self._spec, self, input, hx, reset, lengths)
 
     def flatten_parameters(self) -> None:
         """Do nothing; code written for torch.nn calls it."""

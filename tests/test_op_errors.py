@@ -309,7 +309,7 @@ def test_choose_survives_any_size() -> None:
 
 
 def test_freed_memory_is_an_error() -> None:
-    """FSDP frees the storage of a parameter between its uses; who still holds it gets a sentence."""
+    """FSDP frees a parameter's storage between its uses; who still holds it gets a sentence."""
     layer = rnnfast.GRU(3, 4)
     layer.weight_hh_l0.untyped_storage().resize_(0)
     with (

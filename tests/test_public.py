@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import tolerance
@@ -14,12 +17,14 @@ from test_modules import leaves_of
 from torch import nn
 
 import rnnfast
+from rnnfast import functional
 
 
 def test_public_names() -> None:
     for name in (
         *("LSTM", "GRU", "RNN", "IndRNN", "LSTMCell", "GRUCell", "RNNCell", "functional"),
         *("accelerate", "restore", "explain", "use_engine", "last_run", "engines"),
+        *("patched", "truncated"),
     ):
         assert hasattr(rnnfast, name), name
         assert name in rnnfast.__all__
@@ -223,3 +228,51 @@ def test_command_line() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for word in (torch.__version__, rnnfast.__version__, "cpu"):
         assert word in done.stdout
+
+
+def described() -> list[tuple[str, Any]]:
+    """Every public callable: functions, classes, and the methods that rnnfast gives its layers."""
+    found = [(name, getattr(rnnfast, name)) for name in rnnfast.__all__]
+    found += [(f"functional.{n}", getattr(rnnfast.functional, n)) for n in functional.__all__]
+    for kind in (rnnfast.LSTM, rnnfast.GRU, rnnfast.RNN, rnnfast.IndRNN):
+        for method in ("forward", "step", "freeze", "unfreeze", "flatten_parameters"):
+            found.append((f"{kind.__name__}.{method}", getattr(kind, method)))
+    return [(name, value) for name, value in found if callable(value)]
+
+
+@pytest.mark.parametrize(("name", "value"), described(), ids=lambda v: v if type(v) is str else "")
+def test_docstrings(name: str, value: Any) -> None:
+    """A sentence, every argument by its name, the shape of tensors, what comes back, an example."""
+    doc = inspect.cleandoc(value.__doc__ or "")
+    assert re.match(r"[A-Z:].*[.:]$", doc.split("\n\n")[0], re.DOTALL), "begin with a sentence"
+    if re.search(r"\b[Ss]ee\s:(class|func):`|^All arguments of", doc, re.MULTILINE):
+        return  # told there
+    signature = inspect.signature(value)
+    parameters = [
+        p.name
+        for p in signature.parameters.values()
+        if p.name != "self" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    for parameter in parameters:
+        assert re.search(rf"\b{parameter}\b", doc), f"{parameter} is not told"
+    if len(parameters) > 0 and name != "Explanation":
+        assert re.search(r"^Args:", doc, re.MULTILINE)
+    computes = name.startswith("functional.") or (
+        isinstance(value, type) and issubclass(value, (nn.RNNBase, nn.RNNCellBase))
+    )
+    if computes or name.endswith((".step", ".forward")):
+        assert re.search(r"^Shape:", doc, re.MULTILINE)
+    gives = signature.return_annotation not in ("None", None, inspect.Signature.empty)
+    if gives and not isinstance(value, type) and not computes and not name.endswith(".forward"):
+        assert re.search(r"^Returns:|^Names of", doc, re.MULTILINE), "what comes back is not told"
+    if name != "Explanation" and not name.endswith(("unfreeze", "flatten_parameters")):
+        assert re.search(r"^Example::", doc, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "value"), described(), ids=lambda v: v if type(v) is str else "")
+def test_everything_has_a_type(name: str, value: Any) -> None:
+    function = value.__init__ if isinstance(value, type) else value
+    signature = inspect.signature(function)
+    for p in signature.parameters.values():
+        assert p.name == "self" or p.annotation is not inspect.Parameter.empty, p.name
+    assert signature.return_annotation is not inspect.Signature.empty

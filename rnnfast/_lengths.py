@@ -1,0 +1,442 @@
+"""Padded input with lengths: only valid steps are computed, and padding is never read.
+
+Where Python may read the lengths, the rows are packed before the layers and padded after them. In
+a graph, which must not depend on values, one direction of one layer is the operator
+``rnnfast::forward_lengths``: padded outside, packed inside, where it is run with real lengths.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _reset, ops, reference
+from ._checks import has_values
+from .cells import CellSpec
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _raise(expected: str, found: str) -> NoReturn:
+    raise RuntimeError(f"rnnfast: lengths must {expected}, got {found}")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+
+
+def _check_form(lengths: Tensor, batch: Any) -> None:
+    if lengths.dtype not in _INTEGERS or lengths.dim() != 1:
+        _raise(f"be an integer tensor of shape (B,) = ({batch},)", _text(lengths))
+
+    def text() -> str:
+        return f"rnnfast: lengths must have shape (B,) = ({batch},), got {tuple(lengths.shape)}"
+
+    if isinstance(batch, int) and isinstance(lengths.size(0), int):
+        if lengths.size(0) != batch:
+            raise RuntimeError(text())
+    else:  # a size that only the run will know
+        torch._check(lengths.size(0) == batch, text)
+
+
+class Rows:
+    """Where the valid steps of a padded batch lie among packed rows."""
+
+    def __init__(self, values: Tensor, steps: int, device: torch.device) -> None:
+        batch = values.size(0)
+        sizes, order = torch.sort(values, descending=True, stable=True)
+        longest = int(sizes[0])
+        self.batch_sizes = (sizes > torch.arange(longest).unsqueeze(1)).sum(1)
+        self.count = int(sizes.sum())
+        step = torch.repeat_interleave(
+            torch.arange(longest), self.batch_sizes, output_size=self.count
+        )
+        column = torch.arange(self.count) - (self.batch_sizes.cumsum(0) - self.batch_sizes)[step]
+        self.shape = (steps, batch)
+        self.at = (step.to(device), order[column].to(device))
+        self.sorted: Tensor | None = None
+        self.unsorted: Tensor | None = None
+        if not torch.equal(order, torch.arange(batch)):
+            self.sorted = order.to(device)
+            self.unsorted = torch.argsort(order).to(device)
+
+    def pack(self, x: Any) -> Any:
+        """The rows (N, ...) of x (T, B, ...)."""
+        return None if x is None else x[self.at]
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """(T, B, ...) of rows, zero elsewhere."""
+        return rows.new_zeros((*self.shape, *rows.shape[1:])).index_put_(self.at, rows)
+
+    def sort(self, state: Any, dim: int) -> Any:
+        """A state in the order of the rows."""
+        if state is None or self.sorted is None:
+            return state
+        return state.index_select(dim, self.sorted)
+
+    def unsort(self, state: Tensor, dim: int) -> Tensor:
+        """A state in the order of the batch."""
+        return state if self.unsorted is None else state.index_select(dim, self.unsorted)
+
+
+def _read(lengths: Tensor, steps: int) -> Tensor:
+    """The values on the host, checked. (From another device, it waits for them.)"""
+    values = lengths.detach().to("cpu", torch.int64)
+    wrong = (values < 1) | (values > steps)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        _raise(f"be at least 1 and at most T = {steps}", f"{int(values[row])} at row {row}")
+    return values
+
+
+def _rows(lengths: Tensor, steps: int, device: torch.device) -> Rows | None:
+    """Rows of lengths, whose values are read and checked here; None if no step is padding."""
+    values = _read(lengths, steps)
+    if bool((values == steps).all()):
+        return None
+    return Rows(values, steps, device)
+
+
+# Derivatives of indexing are sums over rows that may repeat, and slow for it; these rows do not.
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows) -> Any:
+        ctx.rows = rows
+        return rows.pack(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _Pad.apply(grad, ctx.rows), None
+
+
+class _Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows) -> Any:
+        ctx.rows = rows
+        return rows.pad(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _Pack.apply(grad, ctx.rows), None
+
+
+def _plain() -> bool:
+    """Whether autograd alone looks on: no transform, no tangents, no gradients in batches."""
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+
+def pack(x: Tensor, rows: Rows) -> Tensor:
+    """:meth:`Rows.pack`, differentiable to any order."""
+    return _Pack.apply(x, rows) if _plain() else rows.pack(x)
+
+
+def pad(x: Tensor, rows: Rows) -> Tensor:
+    """:meth:`Rows.pad`, differentiable to any order."""
+    if _plain():
+        return _Pad.apply(x, rows)
+    return x.new_zeros((*rows.shape, *x.shape[1:])).index_put(rows.at, x)
+
+
+class Entered(NamedTuple):
+    """What :func:`enter` makes of a call."""
+
+    input: Any
+    reset: Any
+    rows: Rows | None  # of the packed input
+    lengths: Tensor | None  # of a padded input, whose values can't be read yet
+
+
+def _valid(lengths: Tensor, steps: Any) -> Tensor:
+    """(T, B): which steps are no padding."""
+    return torch.arange(steps, device=lengths.device).unsqueeze(1) < lengths
+
+
+def enter(input: Any, reset: Any, lengths: Any, batch_first: bool) -> Entered:
+    """The input of a layer that was called with lengths: packed where they can be read."""
+    if isinstance(input, PackedSequence):
+        raise RuntimeError(
+            "rnnfast: lengths are for padded input, got a PackedSequence, which has its own; "
+            "leave lengths out"
+        )
+    if input.dim() != 3:
+        raise RuntimeError(
+            "rnnfast: lengths are for batched input (T, B, I) or (B, T, I), got "
+            f"{input.dim()} dimensions; cut an unbatched sequence: input[:length]"
+        )
+    x = input.transpose(0, 1) if batch_first else input
+    steps, batch = x.size(0), x.size(1)
+    if not isinstance(lengths, Tensor):
+        _raise(f"be an integer tensor of shape (B,) = ({batch},)", _text(lengths))
+    _check_form(lengths, batch)
+    mask: Tensor | None = None
+    if reset is not None:
+        letters = ("(B, T)", (batch, steps)) if batch_first else ("(T, B)", (steps, batch))
+        mask = _reset.check(reset, *letters, x)
+        mask = mask.t() if batch_first else mask
+    if torch._C._functorch.is_batchedtensor(lengths):
+        raise RuntimeError(
+            "rnnfast: lengths can't be batched by vmap, since how many steps there are would "
+            "differ; put the batch into input's own"
+        )
+    if has_values(lengths) and (ops.is_eager((x, lengths)) or not _plain()):
+        rows = _rows(lengths, steps, x.device) if steps else None
+        if rows is None:
+            return Entered(input, reset, None, None)
+        packed = PackedSequence(pack(x, rows), rows.batch_sizes, rows.sorted, rows.unsorted)
+        return Entered(packed, rows.pack(mask), rows, None)
+    lengths = lengths.to(torch.int64)
+    if mask is not None:
+        # the second direction reads the mask one step on, where padding says nothing
+        mask = mask & _valid(lengths, steps).to(mask.device)
+        reset = mask.t() if batch_first else mask
+    return Entered(input, reset, None, lengths)
+
+
+def leave(rows: Rows, y: Tensor, batch_first: bool) -> Tensor:
+    """The padded output of packed rows."""
+    y = pad(y, rows)
+    return y.transpose(0, 1) if batch_first else y
+
+
+def direction(
+    use_ref: bool,
+    spec: CellSpec,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    lengths: Tensor,
+    reset: Tensor | None,
+    packed_weights: Tensor | None,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """_run.direction for padded input with lengths that Python can't read."""
+    if use_ref:
+        return _reference(spec, x, h0, c0, (w_ih, w_hh, b_ih, b_hh, w_hr), lengths, reset, reverse)
+    y, h_n, c_n, _ = forward(
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, packed_weights, spec.id, reverse,
+        save,
+    )  # fmt: skip
+    return y, h_n, c_n
+
+
+def _reference(
+    spec: CellSpec,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: tuple[Any, ...],
+    lengths: Tensor,
+    reset: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In torch's operators, all T steps of them. No shape depends on a value."""
+    valid = _valid(_checked(lengths, x.size(0)), x.size(0)).to(x.device)
+    x = torch.where(valid.unsqueeze(-1), x, 0)
+    step: Any = reference.forward
+    hidden = weights[0].size(0) // spec.gates
+    out = hidden if weights[4] is None else weights[4].size(0)
+    h = x.new_zeros(x.size(1), out) if h0 is None else h0
+    c = x.new_zeros(spec.states - 1, x.size(1), hidden) if c0 is None else c0
+    ys: list[Tensor] = [h] * x.size(0)
+    for t in range(x.size(0) - 1, -1, -1) if reverse else range(x.size(0)):
+        now = None if reset is None else reset[t : t + 1]
+        _, h_t, c_t = step(x[t : t + 1], h, c, *weights, None, now, cell=spec, reverse=reverse)
+        at = valid[t].unsqueeze(-1)
+        ys[t] = torch.where(at, h_t, 0)
+        h, c = torch.where(at, h_t, h), torch.where(at, c_t, c)
+    return torch.stack(ys), h, c
+
+
+_INPUTS = (
+    "Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+    "Tensor? w_hr, Tensor lengths, Tensor? reset"
+)
+# The lengths are read on the host: no CUDA graph may hold these operators.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+torch.library.define(
+    "rnnfast::forward_lengths",
+    f"({_INPUTS}, Tensor? packed, int cell, bool reverse, bool save) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "rnnfast::backward_lengths",
+    f"(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_INPUTS}, Tensor y, Tensor saved, int cell, "
+    f"bool reverse, int needs) -> ({', '.join(['Tensor'] * 8)})",
+    tags=_TAGS,
+)
+
+torch.library.define(
+    "rnnfast::checked_lengths", "(Tensor lengths, SymInt steps) -> Tensor", tags=_TAGS
+)
+
+forward = torch.ops.rnnfast.forward_lengths.default
+backward = torch.ops.rnnfast.backward_lengths.default
+_checked = torch.ops.rnnfast.checked_lengths.default
+
+
+@torch.library.impl("rnnfast::checked_lengths", "default")
+def _(lengths: Tensor, steps: int) -> Tensor:
+    return _read(lengths, steps).to(lengths.device, copy=True)
+
+
+@torch.library.register_fake("rnnfast::checked_lengths")
+def _(lengths: Tensor, steps: int) -> Tensor:
+    return torch.empty_like(lengths, dtype=torch.int64)
+
+
+def _check_lengths(lengths: Tensor, x: Tensor) -> None:
+    if x.dim() != 3:
+        raise RuntimeError(f"rnnfast: x must have shape (T, B, I), got {tuple(x.shape)}")
+    _check_form(lengths, x.size(1))
+
+
+@torch.library.impl("rnnfast::forward_lengths", "default")
+def _forward(
+    x: Tensor, h0: Any, c0: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, w_hr: Any,
+    lengths: Tensor, reset: Any, packed: Any, cell: int, reverse: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_lengths(lengths, x)
+    rows = _rows(lengths, x.size(0), x.device)
+    weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
+    if rows is None:
+        return ops.forward(x, h0, c0, *weights, None, reset, packed, cell, reverse, save)
+    y, h_n, c_n, kept = ops.forward(
+        rows.pack(x), rows.sort(h0, 0), rows.sort(c0, 1), *weights, rows.batch_sizes,
+        rows.pack(reset), packed, cell, reverse, save,
+    )  # fmt: skip
+    if save:  # in a graph its size must not depend on lengths
+        saved = kept.new_zeros((x.size(0) * x.size(1), *kept.shape[1:]))
+        saved[: rows.count] = kept
+        kept = saved
+    return rows.pad(y), rows.unsort(h_n, 0), rows.unsort(c_n, 1), kept
+
+
+@torch.library.impl("rnnfast::backward_lengths", "default")
+def _backward(
+    dy: Any, dh_n: Any, dc_n: Any, x: Tensor, h0: Any, c0: Any, w_ih: Tensor, w_hh: Tensor,
+    b_ih: Any, b_hh: Any, w_hr: Any, lengths: Tensor, reset: Any, y: Tensor, saved: Tensor,
+    cell: int, reverse: bool, needs: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    _check_lengths(lengths, x)
+    rows = _rows(lengths, x.size(0), x.device)
+    weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
+    last = (cell, reverse, needs)
+    if rows is None:
+        return ops.backward(dy, dh_n, dc_n, x, h0, c0, *weights, None, reset, y, saved, *last)
+    dx, dh_0, dc_0, *others = ops.backward(
+        rows.pack(dy), rows.sort(dh_n, 0), rows.sort(dc_n, 1), rows.pack(x), rows.sort(h0, 0),
+        rows.sort(c0, 1), *weights, rows.batch_sizes, rows.pack(reset), rows.pack(y),
+        saved[: rows.count], *last,
+    )  # fmt: skip
+    return (
+        rows.pad(dx) if needs & 1 else dx,
+        rows.unsort(dh_0, 0) if needs & 2 else dh_0,
+        rows.unsort(dc_0, 1) if needs & 4 else dc_0,
+        *others,
+    )
+
+
+@torch.library.register_fake("rnnfast::forward_lengths")
+def _(
+    x: Tensor, h0: Any, c0: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, w_hr: Any,
+    lengths: Tensor, reset: Any, packed: Any, cell: int, reverse: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_lengths(lengths, x)
+    return ops.forward_fake(
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, None, reset, packed, cell, reverse, save
+    )
+
+
+@torch.library.register_fake("rnnfast::backward_lengths")
+def _(
+    dy: Any, dh_n: Any, dc_n: Any, x: Tensor, h0: Any, c0: Any, w_ih: Tensor, w_hh: Tensor,
+    b_ih: Any, b_hh: Any, w_hr: Any, lengths: Tensor, reset: Any, y: Tensor, saved: Tensor,
+    cell: int, reverse: bool, needs: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    _check_lengths(lengths, x)
+    return ops.backward_fake(
+        dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, None, reset, y, saved, cell,
+        reverse, needs,
+    )  # fmt: skip
+
+
+def _formula(
+    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    none = (None,) * 14
+    needed = ctx.needs_input_grad[:8]
+    if dy is None and dh_n is None and dc_n is None:
+        return none
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "rnnfast: a traced layer with lengths can't take gradients in batches; call it outside "
+            "of torch.compile and of torch_dispatch modes"
+        )
+    *inputs, y, saved = ctx.saved_tensors
+    if not ctx.save:
+        with torch.no_grad():
+            y, _, _, saved = forward(*inputs, None, ctx.cell, ctx.reverse, True)
+    grads = backward(
+        dy, dh_n, dc_n, *inputs, y, saved, ctx.cell, ctx.reverse, ops.needs_mask(needed)
+    )
+    return (*(g if n else None for g, n in zip(grads, needed, strict=True)), *none[8:])
+
+
+def _double_backward(ctx: Any, *ddout: Tensor | None) -> tuple[Tensor | None, ...]:
+    """That of the packed rows, which is right to any order."""
+    *args, lengths, reset = ctx.saved_tensors
+    if not has_values(lengths):
+        raise RuntimeError(
+            "rnnfast: second derivatives of a layer with lengths can't be traced; take them "
+            "outside of torch.compile"
+        )
+    rows = _rows(lengths, args[3].size(0), args[3].device)
+
+    def enter(dy: Any, h: Any, c: Any) -> list[Any]:
+        if rows is None:
+            return [dy, h, c]
+        return [None if dy is None else pack(dy, rows), rows.sort(h, 0), rows.sort(c, 1)]
+
+    def leave(dy: Any, h: Any, c: Any) -> list[Any]:
+        if rows is None:
+            return [dy, h, c]
+        return [
+            None if dy is None else pad(dy, rows),
+            None if h is None else rows.unsort(h, 0),
+            None if c is None else rows.unsort(c, 1),
+        ]
+
+    sizes, mask = (None, reset) if rows is None else (rows.batch_sizes, rows.pack(reset))
+    of_rows = SimpleNamespace(
+        saved_tensors=[*enter(*args[:3]), *enter(*args[3:6]), *args[6:], sizes, mask],
+        needs_input_grad=ctx.needs_input_grad,
+        needs=ctx.needs,
+        cell=ctx.cell,
+        reverse=ctx.reverse,
+    )
+    grads = ops._backward_backward(of_rows, *enter(*ddout[:3]), *ddout[3:])
+    return (*leave(*grads[:3]), *leave(*grads[3:6]), *grads[6:])
+
+
+# arguments and results stand where those of rnnfast::forward and rnnfast::backward stand
+torch.library.register_autograd(
+    "rnnfast::forward_lengths", _formula, setup_context=ops._forward_setup
+)
+torch.library.register_autograd(
+    "rnnfast::backward_lengths", _double_backward, setup_context=ops._backward_setup
+)

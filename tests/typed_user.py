@@ -1,0 +1,101 @@
+"""A user's program as mypy --strict reads it: every public name, what calls give, and what they
+refuse (an ignore that is not needed is an error, too). Nothing here is run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from typing_extensions import assert_type
+
+import rnnfast
+
+x = torch.randn(5, 3, 10)
+lengths = torch.tensor([2, 5, 1])
+packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+States = tuple[Tensor, Tensor]
+
+# layers: what comes in comes out, and the state of the LSTM is a pair
+lstm = rnnfast.LSTM(10, 20, 2, bidirectional=True, device="cpu", dtype=torch.float32)
+assert_type(lstm(x), tuple[Tensor, States])
+assert_type(lstm(packed), tuple[PackedSequence, States])
+assert_type(lstm.forward(x, (x, x), reset=x[..., 0] > 0), tuple[Tensor, States])
+assert_type(rnnfast.LSTM(10, 20, proj_size=4, recompute=True).step(x[0]), tuple[Tensor, States])
+gru = rnnfast.GRU(10, 20, batch_first=True, recompute=True)
+assert_type(gru(x, lengths=lengths), tuple[Tensor, Tensor])
+assert_type(gru(packed, x), tuple[PackedSequence, Tensor])
+assert_type(gru.step(x[0], reset=x[0, :, 0] > 0), tuple[Tensor, Tensor])
+assert_type(gru.eval().freeze(), rnnfast.GRU)
+assert_type(gru.unfreeze(), rnnfast.GRU)
+assert_type(gru.recompute, bool)
+assert_type(rnnfast.RNN(10, 20, nonlinearity="relu")(x), tuple[Tensor, Tensor])
+assert_type(rnnfast.IndRNN(10, 20)(x)[1], Tensor)
+assert_type(rnnfast.LazyLSTM(20)(x), tuple[Tensor, States])
+assert_type(rnnfast.LazyGRU(20)(packed), tuple[PackedSequence, Tensor])
+lazy: tuple[nn.RNNBase, ...] = (rnnfast.LazyRNN(20), rnnfast.LazyIndRNN(20))
+
+
+def either(input: Tensor | PackedSequence) -> Tensor | PackedSequence:
+    return lstm(input)[0]
+
+
+# cells
+assert_type(rnnfast.LSTMCell(10, 20)(x[0]), States)
+assert_type(rnnfast.GRUCell(10, 20)(x[0], x[1]), Tensor)
+assert_type(rnnfast.RNNCell(10, 20, nonlinearity="relu")(x[0]), Tensor)
+
+# functions
+weights = lstm.all_weights[0]
+assert_type(rnnfast.functional.lstm(x, (x, x), weights, bidirectional=True), tuple[Tensor, States])
+assert_type(rnnfast.functional.gru(packed, None, weights), tuple[PackedSequence, Tensor])
+assert_type(rnnfast.functional.rnn_tanh(x, None, weights), tuple[Tensor, Tensor])
+assert_type(rnnfast.functional.rnn_relu(x, None, weights), tuple[Tensor, Tensor])
+assert_type(rnnfast.functional.indrnn_tanh(x, None, weights), tuple[Tensor, Tensor])
+assert_type(rnnfast.functional.indrnn_relu(x, None, weights), tuple[Tensor, Tensor])
+assert_type(rnnfast.functional.lstm_cell(x, (x, x), x, x), States)
+assert_type(rnnfast.functional.gru_cell(x, x, x, x, x, x), Tensor)
+assert_type(rnnfast.functional.rnn_tanh_cell(x, x, x, x), Tensor)
+assert_type(rnnfast.functional.rnn_relu_cell(x, x, x, x), Tensor)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(10, 20)
+
+
+# whole models keep their type
+assert_type(rnnfast.accelerate(Model()), Model)
+assert_type(rnnfast.restore(Model()), Model)
+with rnnfast.patched():
+    model = Model()
+quantized: nn.Module = rnnfast.quantize(model, exclude=["head"])
+kinds: tuple[type[nn.Module], ...] = (
+    *(rnnfast.QuantizedLSTM, rnnfast.QuantizedGRU),
+    *(rnnfast.QuantizedRNN, rnnfast.QuantizedIndRNN),
+)
+
+# streams
+for output, _state in rnnfast.truncated(lstm, x, steps=2):
+    assert_type(output, Tensor)
+for output, _state in rnnfast.truncated(nn.GRU(10, 20), [x, x]):
+    loss: Tensor = output.sum()
+
+# engines
+with rnnfast.use_engine("cpu", isa="portable", kernel="packed", split="serial"):
+    assert_type(rnnfast.last_run(), dict[str, str | int | None])
+assert_type(rnnfast.engines(), list[str])
+explanation: rnnfast.Explanation = rnnfast.explain(model, x, seq_len=4)
+assert_type(explanation.rows[0].engine, str)
+assert_type(rnnfast.__version__, str)
+translations = rnnfast.onnx_translations()
+
+# what is wrong is found before it runs
+rnnfast.LSTM("10", 20)  # type: ignore[arg-type]
+rnnfast.GRU(10, 20, recompute=64)  # type: ignore[arg-type]
+rnnfast.IndRNN(10, 20, proj_size=4)  # type: ignore[call-arg]
+lstm(x, x)  # type: ignore[arg-type]
+gru(x, (x, x))  # type: ignore[arg-type]
+print(lstm(x)[1].shape)  # type: ignore[attr-defined]
+rnnfast.accelerate(3)  # type: ignore[type-var]
+rnnfast.truncated(lstm, x, 5, steps="2")  # type: ignore[arg-type]
