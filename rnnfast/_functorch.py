@@ -39,6 +39,11 @@ def fits() -> bool:
     return all(kind in (_VMAP, _GRAD) for kind in kinds) and kinds.count(_GRAD) <= 1
 
 
+def is_differentiated() -> bool:
+    """Whether one of the transforms takes gradients."""
+    return _GRAD in transforms()
+
+
 def _fold(tensor: Tensor | None, dim: int | None, size: int, axis: int) -> Tensor | None:
     """A batched dimension into the batch, which is dimension ``axis``."""
     if tensor is None:
@@ -91,6 +96,9 @@ class Forward(torch.autograd.Function):
             return none
         *inputs, y, saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[:8]
+        if not fits() or ops.has_tangent(dout):  # a transform that began after forward
+            grads = ops.reference_backward(dout, tuple(inputs[:8]), inputs[8:], ctx, needed)
+            return (*grads, *none[8:])
         if not ctx.save:
             y, _, _, saved = Forward.apply(*inputs, None, ctx.cell, ctx.reverse, True)
         grads = Backward.apply(
@@ -214,6 +222,6 @@ def direction(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of one layer under transforms that :func:`fits`; tensors are x, h0, c0, w_ih,
     w_hh, b_ih, b_hh, w_hr."""
-    save = _GRAD in transforms() or torch.is_grad_enabled()
+    save = is_differentiated() or torch.is_grad_enabled()
     y, h_n, c_n, _ = Forward.apply(*tensors, None, reset, None, spec.id, reverse, save)
     return y, h_n, c_n

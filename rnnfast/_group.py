@@ -125,6 +125,7 @@ def _may_run_at_once(passes: Sequence[_OnePass], incoming: Sequence[Any], chaine
         and not _is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()
         and not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in given)
+        and not ops.has_tangent(given)
     )
 
 

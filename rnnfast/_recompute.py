@@ -255,8 +255,11 @@ def _formula(
 
 
 def _are_batched(tensors: tuple[Tensor | None, ...]) -> bool:
-    return torch._C._are_functorch_transforms_active() or any(
-        torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors if t is not None
+    """Or carry tangents: what only the reference can do."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors if t is not None)
+        or ops.has_tangent(tensors)
     )
 
 

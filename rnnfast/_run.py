@@ -28,10 +28,6 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
 
 
-def _has_tangent(tensors: Sequence[Tensor | None]) -> bool:
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
 def use_reference(
     x: Tensor,
     h0: Tensor | None,
@@ -43,9 +39,11 @@ def use_reference(
     if engine.forced == "reference":
         return True
     # an operator would stop functorch, and lose a tangent without a word
-    if (_transforms_active() and not _fits_transforms(x, packed_rows)) or (
-        forward_ad._current_level >= 0 and _has_tangent((x, h0, c0, *weights))
-    ):
+    if _transforms_active():
+        beyond = forward_ad._current_level >= 0 or not _fits_transforms(x, packed_rows)
+    else:
+        beyond = ops.has_tangent((x, h0, c0, *weights))
+    if beyond:
         if engine.forced != "auto":
             raise RuntimeError(
                 f'rnnfast: the engine "{engine.forced}" was forced and can\'t run under these '
@@ -121,6 +119,8 @@ def direction(
             x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset, cell=spec, reverse=reverse
         )
     if _transforms_active():
+        if _functorch.is_differentiated():
+            ops.refuse_packed(packed_weights)
         tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
         return _functorch.direction(spec, tensors, reset, reverse)
     save = _is_grad_enabled() and (
@@ -410,11 +410,16 @@ def of_module(
 ) -> tuple[Any, Any]:
     """A whole layer with the options and the current weights of a module."""
     weights, packed = module._current()
+    recompute = getattr(module, "recompute", False)
+    if recompute is not True and recompute is not False:
+        raise TypeError(
+            f"rnnfast: recompute of {name} must be a bool, got {type(recompute).__name__}"
+        )
     return layer(
         name, spec, input, hx, reset, weights, module.input_size, module.hidden_size,
         module.proj_size, module.num_layers, module.bias, module.batch_first,
         module.dropout if module.training else 0.0, module.bidirectional, packed, lengths,
-        getattr(module, "recompute", False),
+        recompute,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ class CellSpec:
         saved: gate planes that the forward pass keeps for the backward pass
         diagonal: whether the recurrence is ``u * h`` (``w_hh`` of shape ``(G*H,)``) and not
             ``w_hh @ h``
+        split_gates: whether the gradients of a gate's input and hidden side differ
     """
 
     name: str
@@ -27,11 +28,12 @@ class CellSpec:
     states: int
     saved: int
     diagonal: bool
+    split_gates: bool = False
 
 
 CELLS: tuple[CellSpec, ...] = (
     CellSpec("lstm", 0, gates=4, states=2, saved=4, diagonal=False),
-    CellSpec("gru", 1, gates=3, states=1, saved=4, diagonal=False),
+    CellSpec("gru", 1, gates=3, states=1, saved=4, diagonal=False, split_gates=True),
     CellSpec("rnn_tanh", 2, gates=1, states=1, saved=0, diagonal=False),
     CellSpec("rnn_relu", 3, gates=1, states=1, saved=0, diagonal=False),
     CellSpec("indrnn_tanh", 4, gates=1, states=1, saved=0, diagonal=True),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 from ._checks import check_layer, has_values
@@ -151,6 +152,23 @@ def backward_fake(
     )
 
 
+@torch.library.register_fake("rnnfast::gate_gradients")
+def _(*args: Any) -> tuple[Tensor, ...]:
+    x, h0, w_ih, w_hr, batch_sizes = args[3], args[4], args[6], args[10], args[11]
+    spec, hidden = CELLS[args[15]], _hidden(args[6], args[15])
+    batch = x.shape[1] if batch_sizes is None else _batch(batch_sizes, h0)
+    rows = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
+    out = hidden if w_hr is None else w_hr.shape[0]
+    gates = w_ih.shape[0]
+    return (
+        x.new_empty((rows, gates)),
+        x.new_empty((rows if spec.split_gates else 0, gates)),
+        x.new_empty((0 if w_hr is None else rows, out)),
+        x.new_empty((batch, out)),
+        x.new_empty((spec.states - 1, batch, hidden)),
+    )
+
+
 @torch.library.register_fake("rnnfast::pack")
 def _(w_ih: Tensor, w_hh: Tensor, w_hr: Tensor | None, cell: int) -> Tensor:
     return w_ih.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8)
@@ -193,9 +211,10 @@ def forward_backward(
     if dy is None and dh_n is None and dc_n is None:
         return none
     *inputs, y, saved = ctx.saved_tensors
-    if torch._C._are_functorch_transforms_active():
-        # batched gradients (is_grads_batched, vectorize=True): the kernel takes one at a time
-        grads = _reference_backward((dy, dh_n, dc_n), tuple(inputs[:8]), inputs[8:], ctx, needed)
+    if torch._C._are_functorch_transforms_active() or has_tangent((dy, dh_n, dc_n)):
+        # batched gradients (is_grads_batched, vectorize=True), or transforms of a backward pass:
+        # the kernel takes one at a time, and knows no other derivative
+        grads = reference_backward((dy, dh_n, dc_n), tuple(inputs[:8]), inputs[8:], ctx, needed)
         return (*grads, *none[8:])
     if not ctx.save:
         with torch.no_grad():
@@ -228,11 +247,42 @@ def _alias(tensor: Tensor | None, needed: bool) -> Tensor | None:
     return tensor.detach().requires_grad_()
 
 
-def _reference_backward(
+def has_tangent(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether forward-mode AD has something to carry through them."""
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def _chosen_vjp(function: Any, args: Sequence[Any], wanted: Sequence[bool], dout: Any) -> list[Any]:
+    """torch.func.vjp with respect to the arguments that are wanted: under functorch's transforms,
+    where a tensor can't be told to require a gradient. `function` gives None for what has no part
+    in it."""
+    places = [k for k, (a, n) in enumerate(zip(args, wanted, strict=True)) if n and a is not None]
+
+    def of_chosen(*chosen: Tensor) -> Any:
+        full = list(args)
+        for place, tensor in zip(places, chosen, strict=True):
+            full[place] = tensor
+        out = function(*full)
+        return tuple(o for o, d in zip(out, dout, strict=True) if d is not None and o is not None)
+
+    back: Any = torch.func.vjp(of_chosen, *(args[k] for k in places))[1]
+    grads = dict(zip(places, back(tuple(d for d in dout if d is not None)), strict=True))
+    return [grads.get(k) for k in range(len(args))]
+
+
+def reference_backward(
     dout: _Grads, args: _Grads, rows: Sequence[Tensor | None], ctx: Any, wanted: Any
 ) -> list[Tensor | None]:
     """Gradients of the arguments that are wanted, by reference.py, themselves differentiable
     if grad mode is on."""
+    if torch._C._are_functorch_transforms_active():
+
+        def run(*args: Any) -> Any:
+            return reference.forward(*args, *rows, cell=ctx.cell, reverse=ctx.reverse)
+
+        return _chosen_vjp(run, args, wanted, dout)
     create_graph = torch.is_grad_enabled()
     leaves = [_alias(a, n) for a, n in zip(args, wanted, strict=True)]
     with torch.enable_grad():
@@ -262,6 +312,22 @@ def _vjp(
     return [next(grads) if n else None for n in wanted]
 
 
+def _second_vjp(
+    ctx: Any, args: Any, rows: Any, asked: Any, wanted: Any, ddout: Any
+) -> list[Tensor | None]:
+    """What _backward_backward gives, under functorch's transforms: dy, dh_n, dc_n and the
+    arguments."""
+
+    def run(*args: Any) -> Any:
+        return reference.forward(*args, *rows, cell=ctx.cell, reverse=ctx.reverse)
+
+    def first(*inputs: Any) -> Any:
+        return _chosen_vjp(run, inputs[3:], asked, inputs[:3])
+
+    kept = [d if a else None for d, a in zip(ddout, asked, strict=True)]
+    return _chosen_vjp(first, args, wanted, kept)
+
+
 def _backward_backward(ctx: Any, *ddout: Tensor | None) -> _Grads:
     none: _Grads = (None,) * 18
     args = list(ctx.saved_tensors)
@@ -285,6 +351,9 @@ def _backward_backward(ctx: Any, *ddout: Tensor | None) -> _Grads:
             args[4] = args[3].new_zeros((batch, out))
         if args[5] is None and CELLS[ctx.cell].states > 1:
             args[5] = args[3].new_zeros((CELLS[ctx.cell].states - 1, batch, hidden))
+
+    if torch._C._are_functorch_transforms_active():
+        return (*_second_vjp(ctx, args, rows, asked, (*dout_needed, *needed), ddout), *none[11:])
 
     dout: list[Any] = [_alias(d, n) for d, n in zip(args[:3], dout_needed, strict=True)]
     # the first derivative needs a node for all that it was asked for, the second for all it is

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import _run, _step, engine, ops
+from . import _functorch, _run, _step, engine, ops
 from ._checks import DTYPES
 from ._layer import spec_of
 from ._step_plan import StepPlan
@@ -133,6 +133,8 @@ class Quantized(nn.Module):
 
     def _current(self) -> tuple[list[Tensor], list[Tensor] | None]:
         """Weights and packed bytes of this call; the reference computes with weights."""
+        if torch._C._are_functorch_transforms_active() and _functorch.is_differentiated():
+            ops.refuse_packed(self._pack()[0])
         if (
             engine.forced == "reference"
             or torch._C._are_functorch_transforms_active()

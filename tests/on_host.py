@@ -66,6 +66,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     found = operators()
     monkeypatch.setattr(ops, "forward", found.forward.default)
     monkeypatch.setattr(ops, "backward", found.backward.default)
+    monkeypatch.setattr(ops, "gate_gradients", found.gate_gradients.default)
     monkeypatch.setattr(_run, "_forward", found.forward.default)
     monkeypatch.setattr(_step, "_forward", found.forward.default)
     monkeypatch.setattr(_group, "_forward_group", found.forward_group.default)
