@@ -66,8 +66,9 @@ def use_reference(
 
 def _fits_transforms(x: Tensor, packed_rows: bool) -> bool:
     """Whether _functorch.py has rules for the transforms in force, on tensors of an engine."""
-    plain = not (packed_rows or torch.compiler.is_compiling()) and x.dtype in DTYPES
-    return plain and (x.is_cpu or x.is_cuda) and _functorch.fits()
+    if packed_rows or torch.compiler.is_compiling() or x.numel() == 0:
+        return False
+    return x.dtype in DTYPES and (x.is_cpu or x.is_cuda) and _functorch.fits()
 
 
 def _check_engine(x: Tensor) -> None:
