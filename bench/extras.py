@@ -1,5 +1,6 @@
-"""What a grid of times does not show: scaling with threads, the cost of uneven lengths, memory, and
-what a call costs beside its kernel. ``python -m bench extras`` prints them as one table."""
+"""What a grid of times does not show: scaling with threads, gradients of single samples, the cost
+of uneven lengths, memory, and what a call costs beside its kernel. ``python -m bench extras``
+prints them as one table."""
 
 from __future__ import annotations
 
@@ -145,6 +146,36 @@ def side_by_side(rounds: int) -> list[Line]:
     return lines
 
 
+def per_sample(rounds: int) -> list[Line]:
+    """A gradient for every sample, ``vmap(grad)`` with its forward, against backward alone and a
+    step of the whole batch, on one thread."""
+    lines = []
+    torch.set_num_threads(1)
+    for cell, T, B, H in (("LSTM", 50, 64, 128), ("LSTM", 100, 32, 256), ("GRU", 20, 64, 32)):
+        layer, xs = getattr(rnnfast, cell)(H, H), torch.randn(B, T, H)
+        parameters = {name: p.detach() for name, p in layer.named_parameters()}
+        x = xs.transpose(0, 1).contiguous()
+
+        def loss(parameters: Any, x: Any, layer: Any = layer) -> Any:
+            return torch.func.functional_call(layer, parameters, (x,))[0].sum()
+
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+        kept = layer(x)[0].sum()
+        weights = list(layer.parameters())
+        ms = median_ms(
+            {
+                "each": partial(each, parameters, xs),
+                "step": partial(trained, layer, x),
+                "backward": partial(torch.autograd.grad, kept, weights, retain_graph=True),
+            },
+            rounds,
+        )
+        found = f"{ms['each'] / ms['backward']:.1f}x, {ms['each'] / ms['step']:.1f}x a step"
+        what = f"per-sample gradients over a backward of the batch, {cell}"
+        lines.append(Line(what, sizes(T, B, H), found, "at most 3x"))
+    return lines
+
+
 _PEAK = """
 import sys, torch
 kind, cell, T, B, H, save = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:7])
@@ -229,7 +260,7 @@ def layer_id(cell: str) -> int:
 
 def measure(rounds: int) -> list[Line]:
     before = torch.get_num_threads()
-    lines = scaling(rounds)
+    lines = scaling(rounds) + per_sample(rounds)
     torch.set_num_threads(before)
     lines += uneven(rounds)
     lines += side_by_side(rounds)

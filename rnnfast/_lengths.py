@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _reset, ops, reference
+from . import _modes, _reset, ops, reference
 from ._checks import has_values
+from ._modes import is_transformed, is_vmapped, transforms_active
 from .cells import CellSpec
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -127,19 +127,14 @@ class _Pad(torch.autograd.Function):
         return _Pack.apply(grad, ctx.rows), None
 
 
-def _plain() -> bool:
-    """Whether autograd alone looks on: no transform, no tangents, no gradients in batches."""
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
-
-
 def pack(x: Tensor, rows: Rows) -> Tensor:
     """:meth:`Rows.pack`, differentiable to any order."""
-    return _Pack.apply(x, rows) if _plain() else rows.pack(x)
+    return rows.pack(x) if is_transformed() else _Pack.apply(x, rows)
 
 
 def pad(x: Tensor, rows: Rows) -> Tensor:
     """:meth:`Rows.pad`, differentiable to any order."""
-    if _plain():
+    if not is_transformed():
         return _Pad.apply(x, rows)
     return x.new_zeros((*rows.shape, *x.shape[1:])).index_put(rows.at, x)
 
@@ -180,12 +175,12 @@ def enter(input: Any, reset: Any, lengths: Any, batch_first: bool) -> Entered:
         letters = ("(B, T)", (batch, steps)) if batch_first else ("(T, B)", (steps, batch))
         mask = _reset.check(reset, *letters, x)
         mask = mask.t() if batch_first else mask
-    if torch._C._functorch.is_batchedtensor(lengths):
+    if is_vmapped(lengths):
         raise RuntimeError(
             "rnnfast: lengths can't be batched by vmap, since how many steps there are would "
             "differ; put the batch into input's own"
         )
-    if has_values(lengths) and (ops.is_eager((x, lengths)) or not _plain()):
+    if has_values(lengths) and (_modes.is_eager((x, lengths)) or is_transformed()):
         rows = _rows(lengths, steps, x.device) if steps else None
         if rows is None:
             return Entered(input, reset, None, None)
@@ -225,6 +220,8 @@ def direction(
     """_run.direction for padded input with lengths that Python can't read."""
     if use_ref:
         return _reference(spec, x, h0, c0, (w_ih, w_hh, b_ih, b_hh, w_hr), lengths, reset, reverse)
+    if x.is_cpu and not lengths.is_cpu:  # the operator would look for x there
+        lengths = lengths.cpu()
     y, h_n, c_n, _ = forward(
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, packed_weights, spec.id, reverse,
         save,
@@ -260,38 +257,14 @@ def _reference(
     return torch.stack(ys), h, c
 
 
-_INPUTS = (
-    "Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-    "Tensor? w_hr, Tensor lengths, Tensor? reset"
-)
-# The lengths are read on the host: no CUDA graph may hold these operators.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
-
-torch.library.define(
-    "rnnfast::forward_lengths",
-    f"({_INPUTS}, Tensor? packed, int cell, bool reverse, bool save) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-torch.library.define(
-    "rnnfast::backward_lengths",
-    f"(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_INPUTS}, Tensor y, Tensor saved, int cell, "
-    f"bool reverse, int needs) -> ({', '.join(['Tensor'] * 8)})",
-    tags=_TAGS,
-)
-
-torch.library.define(
-    "rnnfast::checked_lengths", "(Tensor lengths, SymInt steps) -> Tensor", tags=_TAGS
-)
-
 forward = torch.ops.rnnfast.forward_lengths.default
 backward = torch.ops.rnnfast.backward_lengths.default
 _checked = torch.ops.rnnfast.checked_lengths.default
 
-
-@torch.library.impl("rnnfast::checked_lengths", "default")
-def _(lengths: Tensor, steps: int) -> Tensor:
-    return _read(lengths, steps).to(lengths.device, copy=True)
+# The lengths are read on the host: no CUDA graph may hold these operators. (The stable ABI of torch
+# 2.10, for which the library is built, has no tags.)
+for _operator in (forward, backward, _checked):
+    _operator.tags.append(torch.Tag.cudagraph_unsafe)
 
 
 @torch.library.register_fake("rnnfast::checked_lengths")
@@ -303,56 +276,12 @@ def _check_lengths(lengths: Tensor, x: Tensor) -> None:
     if x.dim() != 3:
         raise RuntimeError(f"rnnfast: x must have shape (T, B, I), got {tuple(x.shape)}")
     _check_form(lengths, x.size(1))
-
-
-@torch.library.impl("rnnfast::forward_lengths", "default")
-def _forward(
-    x: Tensor, h0: Any, c0: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, w_hr: Any,
-    lengths: Tensor, reset: Any, packed: Any, cell: int, reverse: bool, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_lengths(lengths, x)
-    rows = _rows(lengths, x.size(0), x.device)
-    weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
-    if rows is None:
-        return ops.forward(x, h0, c0, *weights, None, reset, packed, cell, reverse, save)
-    y, h_n, c_n, kept = ops.forward(
-        rows.pack(x), rows.sort(h0, 0), rows.sort(c0, 1), *weights, rows.batch_sizes,
-        rows.pack(reset), packed, cell, reverse, save,
-    )  # fmt: skip
-    if save:  # in a graph its size must not depend on lengths
-        saved = kept.new_zeros((x.size(0) * x.size(1), *kept.shape[1:]))
-        saved[: rows.count] = kept
-        kept = saved
-    return rows.pad(y), rows.unsort(h_n, 0), rows.unsort(c_n, 1), kept
-
-
-@torch.library.impl("rnnfast::backward_lengths", "default")
-def _backward(
-    dy: Any, dh_n: Any, dc_n: Any, x: Tensor, h0: Any, c0: Any, w_ih: Tensor, w_hh: Tensor,
-    b_ih: Any, b_hh: Any, w_hr: Any, lengths: Tensor, reset: Any, y: Tensor, saved: Tensor,
-    cell: int, reverse: bool, needs: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    _check_lengths(lengths, x)
-    rows = _rows(lengths, x.size(0), x.device)
-    weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
-    last = (cell, reverse, needs)
-    if rows is None:
-        return ops.backward(dy, dh_n, dc_n, x, h0, c0, *weights, None, reset, y, saved, *last)
-    dx, dh_0, dc_0, *others = ops.backward(
-        rows.pack(dy), rows.sort(dh_n, 0), rows.sort(dc_n, 1), rows.pack(x), rows.sort(h0, 0),
-        rows.sort(c0, 1), *weights, rows.batch_sizes, rows.pack(reset), rows.pack(y),
-        saved[: rows.count], *last,
-    )  # fmt: skip
-    return (
-        rows.pad(dx) if needs & 1 else dx,
-        rows.unsort(dh_0, 0) if needs & 2 else dh_0,
-        rows.unsort(dc_0, 1) if needs & 4 else dc_0,
-        *others,
-    )
+    if lengths.device.type == "meta" and x.device.type != "meta":
+        raise RuntimeError("rnnfast: lengths must have values, got a meta tensor")
 
 
 @torch.library.register_fake("rnnfast::forward_lengths")
-def _(
+def forward_fake(
     x: Tensor, h0: Any, c0: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, w_hr: Any,
     lengths: Tensor, reset: Any, packed: Any, cell: int, reverse: bool, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -363,7 +292,7 @@ def _(
 
 
 @torch.library.register_fake("rnnfast::backward_lengths")
-def _(
+def backward_fake(
     dy: Any, dh_n: Any, dc_n: Any, x: Tensor, h0: Any, c0: Any, w_ih: Tensor, w_hh: Tensor,
     b_ih: Any, b_hh: Any, w_hr: Any, lengths: Tensor, reset: Any, y: Tensor, saved: Tensor,
     cell: int, reverse: bool, needs: int,
@@ -382,7 +311,7 @@ def _formula(
     needed = ctx.needs_input_grad[:8]
     if dy is None and dh_n is None and dc_n is None:
         return none
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         raise RuntimeError(
             "rnnfast: a traced layer with lengths can't take gradients in batches; call it outside "
             "of torch.compile and of torch_dispatch modes"

@@ -13,20 +13,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import reference
 from ._checks import check_layer, has_values
 from ._library import load
+from ._modes import is_beyond_kernels, transforms_active
 from .cells import CELLS, cell_spec
 
-__all__ = ["backward", "forward", "gate_gradients", "pack", "pack_int8"]
+__all__ = [
+    "backward",
+    "forward",
+    "gate_gradients",
+    "pack",
+    "pack_int8",
+    "sample_product",
+]
 
 load()
 
 forward = torch.ops.rnnfast.forward.default
 backward = torch.ops.rnnfast.backward.default
 gate_gradients = torch.ops.rnnfast.gate_gradients.default
+sample_product = torch.ops.rnnfast.sample_product.default
 pack = torch.ops.rnnfast.pack.default
 pack_int8 = torch.ops.rnnfast.pack_int8.default
 
@@ -169,6 +177,11 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
+@torch.library.register_fake("rnnfast::sample_product")
+def _(left: Tensor, right: Tensor, samples: int) -> Tensor:
+    return left.new_empty((samples, left.shape[2], right.shape[2]))
+
+
 @torch.library.register_fake("rnnfast::pack")
 def _(w_ih: Tensor, w_hh: Tensor, w_hr: Tensor | None, cell: int) -> Tensor:
     return w_ih.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8)
@@ -211,7 +224,7 @@ def forward_backward(
     if dy is None and dh_n is None and dc_n is None:
         return none
     *inputs, y, saved = ctx.saved_tensors
-    if torch._C._are_functorch_transforms_active() or has_tangent((dy, dh_n, dc_n)):
+    if is_beyond_kernels((dy, dh_n, dc_n)):
         # batched gradients (is_grads_batched, vectorize=True), or transforms of a backward pass:
         # the kernel takes one at a time, and knows no other derivative
         grads = reference_backward((dy, dh_n, dc_n), tuple(inputs[:8]), inputs[8:], ctx, needed)
@@ -247,13 +260,6 @@ def _alias(tensor: Tensor | None, needed: bool) -> Tensor | None:
     return tensor.detach().requires_grad_()
 
 
-def has_tangent(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether forward-mode AD has something to carry through them."""
-    return forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
-
-
 def _chosen_vjp(function: Any, args: Sequence[Any], wanted: Sequence[bool], dout: Any) -> list[Any]:
     """torch.func.vjp with respect to the arguments that are wanted: under functorch's transforms,
     where a tensor can't be told to require a gradient. `function` gives None for what has no part
@@ -277,24 +283,31 @@ def reference_backward(
 ) -> list[Tensor | None]:
     """Gradients of the arguments that are wanted, by reference.py, themselves differentiable
     if grad mode is on."""
-    if torch._C._are_functorch_transforms_active():
+    return vjp(_reference_of(rows, ctx), dout, args, wanted)
 
-        def run(*args: Any) -> Any:
-            return reference.forward(*args, *rows, cell=ctx.cell, reverse=ctx.reverse)
 
+def _reference_of(rows: Sequence[Tensor | None], ctx: Any) -> Any:
+    def run(*args: Any) -> Any:
+        return reference.forward(*args, *rows, cell=ctx.cell, reverse=ctx.reverse)
+
+    return run
+
+
+def vjp(run: Any, dout: _Grads, args: _Grads, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of those arguments of a function that are wanted, themselves differentiable if grad
+    mode is on. dout: what arrives at its results."""
+    if transforms_active():
         return _chosen_vjp(run, args, wanted, dout)
     create_graph = torch.is_grad_enabled()
     leaves = [_alias(a, n) for a, n in zip(args, wanted, strict=True)]
     with torch.enable_grad():
-        return _vjp(dout, leaves, rows, ctx, wanted, create_graph)
+        return _vjp(run, dout, leaves, wanted, create_graph)
 
 
-def _vjp(
-    dout: Any, leaves: Any, rows: Any, ctx: Any, wanted: Any, create_graph: bool
-) -> list[Tensor | None]:
-    run: Any = reference.forward
-    out = run(*leaves, *rows, cell=ctx.cell, reverse=ctx.reverse)
-    pairs = [(o, d) for o, d in zip(out, dout, strict=True) if d is not None and o.requires_grad]
+def _vjp(run: Any, dout: Any, leaves: Any, wanted: Any, create_graph: bool) -> list[Tensor | None]:
+    out = run(*leaves)
+    both = [(o, d) for o, d in zip(out, dout, strict=True) if o is not None and d is not None]
+    pairs = [(o, d) for o, d in both if o.requires_grad]
     chosen = [leaf for leaf, n in zip(leaves, wanted, strict=True) if n]
     if not pairs or not chosen:
         pairs_wanted = zip(leaves, wanted, strict=True)
@@ -318,8 +331,7 @@ def _second_vjp(
     """What _backward_backward gives, under functorch's transforms: dy, dh_n, dc_n and the
     arguments."""
 
-    def run(*args: Any) -> Any:
-        return reference.forward(*args, *rows, cell=ctx.cell, reverse=ctx.reverse)
+    run = _reference_of(rows, ctx)
 
     def first(*inputs: Any) -> Any:
         return _chosen_vjp(run, inputs[3:], asked, inputs[:3])
@@ -352,7 +364,7 @@ def _backward_backward(ctx: Any, *ddout: Tensor | None) -> _Grads:
         if args[5] is None and CELLS[ctx.cell].states > 1:
             args[5] = args[3].new_zeros((CELLS[ctx.cell].states - 1, batch, hidden))
 
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         return (*_second_vjp(ctx, args, rows, asked, (*dout_needed, *needed), ddout), *none[11:])
 
     dout: list[Any] = [_alias(d, n) for d, n in zip(args[:3], dout_needed, strict=True)]
@@ -360,7 +372,8 @@ def _backward_backward(ctx: Any, *ddout: Tensor | None) -> _Grads:
     either = [(n or a) and t is not None for n, a, t in zip(needed, asked, args[3:], strict=True)]
     leaves = [_alias(t, n) for t, n in zip(args[3:], either, strict=True)]
     with torch.enable_grad():
-        first = _vjp(dout, leaves, rows, ctx, [a and e for a, e in zip(asked, either)], True)
+        run = _reference_of(rows, ctx)
+        first = _vjp(run, dout, leaves, [a and e for a, e in zip(asked, either)], True)
         pairs = [
             (g, d)
             for g, d in zip(first, ddout, strict=True)
@@ -403,17 +416,6 @@ class RNNFast(torch.autograd.Function):
         return output
 
     backward = staticmethod(forward_backward)
-
-
-def is_eager(args: tuple[Any, ...]) -> bool:
-    """Whether nobody traces or overrides operators, so that autograd's part of the dispatcher may
-    be passed by."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state()
-        or torch.overrides.has_torch_function(args)
-    )
 
 
 torch.library.register_autograd("rnnfast::forward", forward_backward, setup_context=_forward_setup)

@@ -30,10 +30,12 @@ NOT_FOR_IT = {
     "test_frozen_errors",
     "test_modes_and_subclasses_see_the_operator",
     "test_modes_see_the_operators",
+    "test_only_valid_steps_are_computed",
     "test_only_the_gradients_asked_for",
     "test_overridden_tensors_see_the_operators",
     "test_packed_reset_states_projection_frozen",
     "test_side_by_side_really_happens",
+    "test_without_modules_frozen_and_quantized",
 }
 
 
@@ -41,12 +43,19 @@ NOT_FOR_IT = {
 def operators() -> Any:
     """torch.ops.rnnfast_on_host, with the derivatives of torch.ops.rnnfast."""
     import rnnfast
-    from rnnfast import ops
+    from rnnfast import _lengths, ops
 
     torch.ops.load_library(str(Path(rnnfast.__file__).with_name("_on_host.so")))
     for name, fake, backward, setup in (
         ("forward", ops.forward_fake, ops.forward_backward, ops._forward_setup),
         ("backward", ops.backward_fake, ops._backward_backward, ops._backward_setup),
+        ("forward_lengths", _lengths.forward_fake, _lengths._formula, ops._forward_setup),
+        (
+            "backward_lengths",
+            _lengths.backward_fake,
+            _lengths._double_backward,
+            ops._backward_setup,
+        ),
     ):
         torch.library.register_fake(f"{LIBRARY}::{name}", fake)
         torch.library.register_autograd(f"{LIBRARY}::{name}", backward, setup_context=setup)
@@ -61,12 +70,14 @@ def fill_fresh_memory(byte: int) -> None:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts the operators of the device on the host where Python calls the CPU's."""
-    from rnnfast import _group, _run, _step, ops
+    from rnnfast import _group, _lengths, _run, _step, ops
 
     found = operators()
     monkeypatch.setattr(ops, "forward", found.forward.default)
     monkeypatch.setattr(ops, "backward", found.backward.default)
     monkeypatch.setattr(ops, "gate_gradients", found.gate_gradients.default)
+    monkeypatch.setattr(_lengths, "forward", found.forward_lengths.default)
+    monkeypatch.setattr(_lengths, "backward", found.backward_lengths.default)
     monkeypatch.setattr(_run, "_forward", found.forward.default)
     monkeypatch.setattr(_step, "_forward", found.forward.default)
     monkeypatch.setattr(_group, "_forward_group", found.forward_group.default)

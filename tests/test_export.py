@@ -177,42 +177,60 @@ def test_exported_lengths(library: Any, device: torch.device) -> None:
     torch.testing.assert_close(program.module()(x, n), model(x, n), rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Tensor], list[Tensor]]:
-    """A package of a model, inputs and what the model makes of them."""
+class Padded(nn.Module):
+    """Two kinds of layers, in both directions, over padded input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lower = rnnfast.LSTM(5, 9, bidirectional=True)
+        self.upper = rnnfast.GRU(18, 3, bidirectional=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.upper(self.lower(x, lengths=lengths)[0], lengths=lengths)[0]
+
+
+@pytest.fixture(scope="module", params=["plain", "lengths"])
+def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder of a package of a model, arguments and what the model makes of them."""
     torch.manual_seed(0)
-    model = Model(rnnfast, torch.device("cpu")).eval()
     folder = tmp_path_factory.mktemp("aoti")
+    calls: list[tuple[Tensor, ...]] = [(torch.randn(*shape, 5),) for shape in SHAPES]
     with torch.no_grad():
-        torch._inductor.aoti_compile_and_package(
-            exported(model), package_path=str(folder / "model.pt2")
-        )
-        xs = [torch.randn(*shape, 5) for shape in SHAPES]
-        return folder, xs, [model(x) for x in xs]
+        if request.param == "plain":
+            model: nn.Module = Model(rnnfast, torch.device("cpu")).eval()
+            program = exported(model)
+        else:
+            model, dims = Padded().eval(), dynamic(False)
+            calls = [(x, torch.randint(1, len(x) + 1, (x.size(1),))) for (x,) in calls]
+            shapes = {"x": dims, "lengths": {0: dims[1]}}
+            program = torch.export.export(model, calls[0], dynamic_shapes=shapes)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
+        return folder, calls, [model(*args) for args in calls]
 
 
 # Without rnnfast's Python: a package calls the operators, and nothing else.
 RUN = """
 import sys
 import torch
+import torch._inductor.codecache  # torch 2.10 takes it for loaded
 library, program, inputs, outputs = sys.argv[1:]
 torch.ops.load_library(library)
 model = torch._inductor.aoti_load_package(program)
-torch.save([model(x) for x in torch.load(inputs)], outputs)
+torch.save([model(*args) for args in torch.load(inputs)], outputs)
 assert "rnnfast" not in sys.modules
 """
 
 
 def test_package_in_python(package: Any) -> None:
-    folder, xs, want = package
-    torch.save(xs, folder / "x")
+    folder, calls, want = package
+    torch.save(calls, folder / "x")
     in_a_process(RUN, library_path(), folder / "model.pt2", folder / "x", folder / "y")
     torch.testing.assert_close(torch.load(folder / "y"), want, rtol=1e-4, atol=1e-5)
 
 
-def test_package_in_cpp(package: Any) -> None:
-    folder, xs, want = package
-    program = folder / "aoti_main"
+@pytest.fixture(scope="module")
+def aoti_main(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("cpp") / "aoti_main"
     libraries = cpp_extension.library_paths()
     command = [
         os.environ.get("CXX", "c++"), "-std=c++20", "-O0",
@@ -223,20 +241,44 @@ def test_package_in_cpp(package: Any) -> None:
         "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl",
     ]  # fmt: skip
     subprocess.run(command, check=True, timeout=300)
-    for x, y in zip(xs, want, strict=True):
-        (folder / "x").write_bytes(x.numpy().tobytes())
-        files = (folder / "x", *x.shape, folder / "y")
-        subprocess.run(
-            list(map(str, (program, library_path(), folder / "model.pt2", *files))),
-            check=True, timeout=100,
-        )  # fmt: skip
+    return program
+
+
+def in_cpp(program: Path, folder: Path, x: Tensor, *lengths: Tensor) -> Any:
+    for name, tensor in zip(("x", "lengths"), (x, *lengths)):
+        (folder / name).write_bytes(tensor.numpy().tobytes())
+    files = (folder / "x", *x.shape, folder / "y", *[folder / "lengths" for _ in lengths])
+    return subprocess.run(
+        list(map(str, (program, library_path(), folder / "model.pt2", *files))),
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+
+
+def test_package_in_cpp(package: Any, aoti_main: Path) -> None:
+    folder, calls, want = package
+    for args, y in zip(calls, want, strict=True):
+        done = in_cpp(aoti_main, folder, *args)
+        assert done.returncode == 0, done.stderr
         got = torch.frombuffer(bytearray((folder / "y").read_bytes()), dtype=torch.float32)
         torch.testing.assert_close(got.view_as(y), y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("package", ["lengths"], indirect=True)
+def test_package_with_wrong_lengths(package: Any, aoti_main: Path) -> None:
+    folder, calls, _ = package
+    x, n = calls[0]
+    sentence = f"lengths must be at least 1 and at most T = 4, got {int(n[0]) + 4} at row 0"
+    done = in_cpp(aoti_main, folder, x, n + 4)
+    assert done.returncode == 1 and f"rnnfast: {sentence}" in done.stderr
+    torch.save([(x, n + 4)], folder / "x")
+    arguments = (RUN, library_path(), folder / "model.pt2", folder / "x", folder / "y")
+    with pytest.raises(AssertionError, match=sentence):
+        in_a_process(*arguments)
+
+
 @works.row(
     SECTION,
-    "AOTInductor package with dynamic T and B (in C++ too: `test_package_in_cpp`)",
+    "AOTInductor package, dynamic T and B (in C++ and with `lengths`, too: `test_package_in_cpp`)",
     torch_nn="no: T is fixed",
     error=FIXED,
 )

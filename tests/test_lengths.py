@@ -148,14 +148,71 @@ def test_any_integers(dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, layer(x, lengths=n))
 
 
-@pytest.mark.parametrize("way", ["eager", "operator"])
-def test_only_valid_steps_are_computed(way: str) -> None:
+def test_only_valid_steps_are_computed() -> None:
     layer, n = rnnfast.LSTM(5, 9), torch.tensor([2, 6, 1, 4])
     with torch.profiler.profile(record_shapes=True) as profile:
-        WAYS[way](layer, torch.randn(6, 4, 5, requires_grad=True), lengths=n)[0].sum().backward()
+        layer(torch.randn(6, 4, 5, requires_grad=True), lengths=n)[0].sum().backward()
     shapes = {e.name: e.input_shapes for e in profile.events() if e.name.startswith("rnnfast::")}
     assert shapes["rnnfast::forward"][0] == [13, 5]
     assert shapes["rnnfast::backward"][3] == [13, 5]
+
+
+def operator_arguments(given: bool) -> tuple[Any, ...]:
+    """Those of a forward from x to reset, lengths left out."""
+    w_ih, w_hh = (torch.randn(36, k, dtype=f64, requires_grad=True) for k in (5, 9))
+    x = torch.randn(6, 4, 5, dtype=f64, requires_grad=True)
+    h = torch.randn(4, 9, dtype=f64, requires_grad=True) if given else None
+    c = torch.randn(1, 4, 9, dtype=f64) if given else None
+    return x, h, c, w_ih, w_hh, None, None, None, (torch.rand(6, 4) < 0.3) if given else None
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_operators_compute_valid_steps_only(reverse: bool) -> None:
+    """Of what forward keeps, which has room for all steps, they write and read the rows of these;
+    of everything else nothing behind the lengths."""
+    *tensors, reset = operator_arguments(True)
+    n = torch.tensor([2, 6, 1, 4])
+    valid = (torch.arange(6).unsqueeze(1) < n).unsqueeze(-1)
+    inputs = [None if t is None else t.detach() for t in tensors]
+    forward, backward = torch.ops.rnnfast.forward_lengths, torch.ops.rnnfast.backward_lengths
+    y, h_n, c_n, saved = forward(*inputs, n, reset, None, 0, reverse, True)
+    assert saved.shape[0] == 24
+    assert bool((saved[:13] != 0).flatten(1).any(1).all()) and not saved[13:].any()
+    dy = torch.randn_like(y)
+    want = backward(dy, h_n, c_n, *inputs, n, reset, y, saved, 0, reverse, 31)
+    saved[13:] = torch.nan
+    for t in (y, dy, inputs[0]):
+        t.masked_fill_(~valid, torch.nan)
+    got = backward(dy, h_n, c_n, *inputs, n, reset, y, saved, 0, reverse, 31)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+LAYOUTS: dict[str, Any] = {
+    "rows": lambda x: x,
+    "batch first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "features first": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    "every other": lambda x: x.repeat_interleave(2, 0).repeat_interleave(2, 2)[::2, :, ::2],
+    "one step for all": lambda x: x[:1].expand_as(x),
+    "one number for all": lambda x: x[:1, :1, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_types_and_layouts(layout: str, dtype: torch.dtype) -> None:
+    """The operators read x and dy wherever they lie, in what an eager call computes."""
+    layer = rnnfast.GRU(5, 9, bidirectional=True, dtype=dtype)
+    n = torch.tensor([2, 0, 6, 0, 1, 0, 4])[::2]
+    shaped = LAYOUTS[layout]
+    x = shaped(torch.randn(6, 4, 5, dtype=dtype)).requires_grad_()
+    seed = shaped(torch.randn(6, 4, 18, dtype=dtype))
+    results = []
+    for way in ("eager", "operator"):
+        y, h = WAYS[way](layer, x, lengths=n)
+        results.append((y, h, *torch.autograd.grad(y, [x, *layer.parameters()], seed)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_an_empty_batch_and_no_steps() -> None:
@@ -290,12 +347,8 @@ def test_other_input_raises() -> None:
 def test_the_operators_keep_their_word(case: str, given: bool) -> None:
     """torch's own checks of schemas, fake kernels and derivatives."""
     n = torch.tensor(LENGTHS[case])
-    w_ih, w_hh = (torch.randn(36, k, dtype=f64, requires_grad=True) for k in (5, 9))
-    x = torch.randn(6, 4, 5, dtype=f64, requires_grad=True)
-    h = torch.randn(4, 9, dtype=f64, requires_grad=True) if given else None
-    c = torch.randn(1, 4, 9, dtype=f64) if given else None
-    reset = (torch.rand(6, 4) < 0.3) if given else None
-    inputs = (x, h, c, w_ih, w_hh, None, None, None, n, reset)
+    *tensors, reset = operator_arguments(given)
+    inputs = (*tensors, n, reset)
     forward, backward = torch.ops.rnnfast.forward_lengths, torch.ops.rnnfast.backward_lengths
     torch.library.opcheck(forward, (*inputs, None, 0, given, True))
     y, h_n, c_n, saved = (t.detach() for t in forward(*inputs, None, 0, given, True))
@@ -304,6 +357,19 @@ def test_the_operators_keep_their_word(case: str, given: bool) -> None:
     needs = 1 | 8 | 16 | (2 if given else 0)
     args = (torch.randn_like(y), h_n, c_n, *inputs, y, saved, 0, given, needs)
     torch.library.opcheck(backward, args)
+    torch.library.opcheck(torch.ops.rnnfast.checked_lengths, (n.int(), 6))
+
+
+def test_no_cuda_graph_may_hold_the_operators() -> None:
+    """They read lengths on the host. Inductor asks the tags of what it compiles."""
+    from torch._inductor import utils
+
+    operators = torch.ops.rnnfast
+    for name in ("forward_lengths", "backward_lengths", "checked_lengths"):
+        node = torch.fx.Graph().call_function(getattr(operators, name).default)
+        assert utils.is_cudagraph_unsafe_fx_node(node)
+    node = torch.fx.Graph().call_function(operators.forward.default)
+    assert not utils.is_cudagraph_unsafe_fx_node(node)
 
 
 @works.row(

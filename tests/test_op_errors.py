@@ -111,8 +111,9 @@ PACKED_NONSENSE: dict[str, dict[str, Any]] = {
 }
 
 
-def refuses(op: Any, arguments: list[Any]) -> None:
-    """The op raises RuntimeError (the dispatcher's own included), every operand stays as it was."""
+def refuses(op: Any, arguments: list[Any]) -> str:
+    """The op raises RuntimeError (the dispatcher's own included), every operand stays as it was.
+    Gives what it says."""
     tensors = [
         a for a in arguments if isinstance(a, Tensor) and a.device.type == "cpu" and not a.is_sparse
     ]
@@ -127,6 +128,7 @@ def refuses(op: Any, arguments: list[Any]) -> None:
         for a, b in zip(tensors, kept, strict=True)
     )
     assert versions == [t._version for t in tensors]
+    return str(info.value)
 
 
 @pytest.mark.parametrize("what", FORWARD_NONSENSE)
@@ -234,6 +236,65 @@ def test_backward_refuses(what: str) -> None:
     refuses(torch.ops.rnnfast.backward, [*(good | BACKWARD_NONSENSE[what]).values()])
 
 
+LENGTHS_NONSENSE: dict[str, Tensor] = {
+    "rank 0": torch.tensor(3),
+    "rank 2": sizes(2, 4, 1)[None],
+    "too few": sizes(2, 4),
+    "too many": sizes(2, 4, 1, 1),
+    "none": sizes(),
+    "floats": torch.tensor([2.0, 4.0, 1.0]),
+    "complex": torch.ones(3, dtype=torch.complex64),
+    "bool": torch.ones(3, dtype=torch.bool),
+    "meta": sizes(2, 4, 1).to("meta"),
+    "sparse": sizes(2, 4, 1).to_sparse(),
+    "zero": sizes(2, 0, 1),
+    "negative": sizes(2, -(2**63), 1),
+    "beyond T": sizes(2, 5, 1),
+    "huge": sizes(2**63 - 1, 4, 1),
+}
+
+
+# The operators with lengths take them where the plain ones take batch_sizes.
+def refuses_lengths(op: Any, good: dict[str, Any], change: dict[str, Any]) -> None:
+    said = refuses(op, [*(good | change).values()])
+    if not any(isinstance(t, Tensor) and t.is_sparse for t in change.values()):
+        assert said.startswith("rnnfast: ")
+
+
+@pytest.mark.parametrize(
+    "what", [*(k for k in FORWARD_NONSENSE if "batch_sizes" not in k), *LENGTHS_NONSENSE]
+)
+def test_forward_with_lengths_refuses(what: str) -> None:
+    op = torch.ops.rnnfast.forward_lengths
+    good = good_arguments("lstm") | {"batch_sizes": sizes(2, 4, 1)}
+    op(*good.values())
+    lengths = LENGTHS_NONSENSE.get(what)
+    change = FORWARD_NONSENSE[what] if lengths is None else {"batch_sizes": lengths}
+    refuses_lengths(op, good, change)
+
+
+@pytest.mark.parametrize("what", [*BACKWARD_NONSENSE, *LENGTHS_NONSENSE])
+def test_backward_with_lengths_refuses(what: str) -> None:
+    op = torch.ops.rnnfast.backward_lengths
+    good = backward_arguments() | {"batch_sizes": sizes(2, 4, 1)}
+    op(*good.values())
+    lengths = LENGTHS_NONSENSE.get(what)
+    change = BACKWARD_NONSENSE[what] if lengths is None else {"batch_sizes": lengths}
+    refuses_lengths(op, good, change)
+
+
+@pytest.mark.parametrize("what", LENGTHS_NONSENSE)
+def test_checked_lengths_refuses(what: str) -> None:
+    """That of which there are three, and of any number beside them."""
+    op, lengths = torch.ops.rnnfast.checked_lengths, LENGTHS_NONSENSE[what]
+    if what in ("too few", "too many", "none"):
+        torch.testing.assert_close(op(lengths, 4), lengths)
+    elif what == "meta":
+        assert op(lengths, 4).is_meta
+    else:
+        refuses_lengths(op, {"lengths": lengths, "steps": 4}, {"lengths": lengths})
+
+
 @pytest.mark.parametrize("cell", oracle.CELLS)
 def test_backward_of_nothing_is_zero(cell: str) -> None:
     good = backward_arguments(cell)
@@ -317,3 +378,11 @@ def test_freed_memory_is_an_error() -> None:
         pytest.raises(RuntimeError, match="w_hh has no memory: its storage of 48"),
     ):
         layer(torch.randn(2, 1, 3))
+    for op, more in (("forward", {}), ("forward_lengths", {"batch_sizes": sizes(2, 4, 1)})):
+        for name in ("x", "reset", *more):
+            good = good_arguments("lstm") | {"reset": torch.zeros(4, 3, dtype=torch.bool)} | more
+            good[name] = good[name].clone()
+            good[name].untyped_storage().resize_(0)
+            said = "lengths" if name == "batch_sizes" else name
+            with pytest.raises(RuntimeError, match=f"{said} has no memory: its storage of"):
+                getattr(torch.ops.rnnfast, op)(*good.values())

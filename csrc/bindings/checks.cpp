@@ -9,27 +9,14 @@
 namespace rnnfast {
 namespace {
 
-const char* dtype_text(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return "another type";
-  }
-}
-
 int32_t dtype_number(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double: return aoti_torch_dtype_float64();
     case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
     case ScalarType::Half: return aoti_torch_dtype_float16();
     case ScalarType::Byte: return aoti_torch_dtype_uint8();
+    case ScalarType::Bool: return aoti_torch_dtype_bool();
+    case ScalarType::Long: return aoti_torch_dtype_int64();
     default: return aoti_torch_dtype_float32();
   }
 }
@@ -77,6 +64,24 @@ std::string shape_text(const Tensor& tensor) {
   return numbers_text(sizes.data(), tensor.dim());
 }
 
+const char* dtype_text(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return "another type";
+  }
+}
+
 const CellInfo& checked_cell(int64_t cell) {
   if (cell < 0 || cell >= kNumCells)
     fail("cell must be an id in [0, " + std::to_string(kNumCells) + "), got " +
@@ -116,7 +121,10 @@ void check_same(const char* name, const Tensor& tensor, ScalarType dtype, Place 
   if (tensor.scalar_type() != dtype)
     fail(std::string(name) + " must have the dtype of x, " + dtype_text(dtype) + ", got " +
          dtype_text(tensor.scalar_type()));
-  // A sharded parameter between its uses, say, that something kept holding on to.
+  check_memory(name, tensor);
+}
+
+void check_memory(const char* name, const Tensor& tensor) {
   if (tensor.numel() > 0 && !tensor.const_data_ptr())
     fail(std::string(name) + " has no memory: its storage of " + std::to_string(tensor.numel()) +
          " numbers was freed");
@@ -172,6 +180,7 @@ CheckedLayer::CheckedLayer(const LayerTensors& t)
   if (x_.dim() != rank)
     fail(std::string("x must have shape ") + (packed_rows ? "(N, I)" : "(T, B, I)") + ", got " +
          shape_text(x_));
+  check_memory("x", x_);
   input_size = x_.size(rank - 1);
   if (packed_rows) {
     check_batch_sizes(t.batch_sizes);
@@ -197,6 +206,7 @@ CheckedLayer::CheckedLayer(const LayerTensors& t)
   }
   reset_ = t.reset;
   if (reset_) check_reset();
+  if (t.checks_only) return;
   x_ = unit_stride(x_);
   // Packed weights stand in for these, which may then be views without memory of their own.
   if (!t.packed) w_ih_ = torch_contiguous(w_ih_);
@@ -270,6 +280,7 @@ void CheckedLayer::check_reset() const {
     fail("reset must be on the same device as x (" + place_text(place) + ")");
   if (reset_->scalar_type() != ScalarType::Bool)
     fail("reset must be bool, got " + std::string(dtype_text(reset_->scalar_type())));
+  check_memory("reset", *reset_);
   if (packed_rows)
     check_shape("reset", *reset_, "(N,)", {rows});
   else

@@ -39,10 +39,12 @@ struct LayerTensors {
   int64_t cell;
   bool reverse;
   bool packed = false;  // the layer computes with packed weights: of these only the shapes count
+  bool checks_only = false;  // nothing is made contiguous: no fill()
 };
 
 [[noreturn]] void fail(const std::string& what);
 std::string shape_text(const Tensor& tensor);
+const char* dtype_text(ScalarType dtype);
 
 const CellInfo& checked_cell(int64_t cell);
 // float32, float64, bfloat16 or float16, on the CPU or a CUDA device
@@ -51,6 +53,9 @@ ScalarType accumulator_dtype(ScalarType dtype);  // of sums and of what backward
 // `letters` and `sizes` name the same dimensions: check_shape("w_hr", w_hr, "(P, H)", {p, h}).
 void check_shape(const char* name, const Tensor& tensor, const char* letters,
                  std::initializer_list<int64_t> sizes);
+// A storage may be gone: that of a sharded parameter between its uses, say, that something kept
+// holding on to.
+void check_memory(const char* name, const Tensor& tensor);
 void check_same(const char* name, const Tensor& tensor, ScalarType dtype, Place place);
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, Place place);
 void fill_zero(const Tensor& tensor);

@@ -53,4 +53,11 @@ inline void run_on_cpu(const BackwardCall& call, int64_t cell) {
 BackwardResult backward_of_half(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
                                 const Incoming& in, int64_t cell, bool reverse);
 
+// One pass, of any type. `saved_rows`: room in `saved` for more rows than there are.
+ForwardResult cpu_forward(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
+                          const OptionalTensor& packed, int64_t cell, bool reverse, bool save,
+                          int64_t saved_rows = 0);
+BackwardResult cpu_backward(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
+                            const Incoming& in, int64_t cell, bool reverse);
+
 }  // namespace rnnfast

@@ -91,6 +91,8 @@ bool ask_torch_for_tf32() {
 }
 
 CudaContext::CudaContext(Place place) : place_(place) {
+  // Lengths may be on another device than x, and bring a call here.
+  if (!place.is_cuda()) fail("x must be on a CUDA device where lengths are, got one on the CPU");
   CUDAGuardHandle guard = nullptr;
   check(TorchCuda::loaded().create_guard(place.index, &guard), "a guard of the device");
   guard_ = guard;

@@ -1,12 +1,17 @@
 #include "cuda_ops.h"
 
+#include <array>
 #include <atomic>
 #include <chrono>
 
 #include "cuda_context.h"
+#include "lengths_calls.h"
 
 namespace rnnfast {
 namespace {
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
 
 std::atomic<int> wished_launch{-1}, wished_kernel{-1};
 
@@ -98,18 +103,72 @@ void run_backward(std::vector<BackwardCall>& calls, int64_t cell, bool chained) 
   });
 }
 
+ForwardResult forward_pass(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
+                           const OptionalTensor& packed, int64_t cell, bool reverse, bool save,
+                           int64_t saved_rows) {
+  refuse_packed(packed);
+  std::vector<ForwardCall> calls;
+  calls.emplace_back(x, d, batch_sizes, false, cell, reverse, save, nullptr, saved_rows);
+  run_forward(calls, cell, false);
+  return calls[0].result;
+}
+
+BackwardResult backward_pass(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
+                             const Incoming& in, int64_t cell, bool reverse) {
+  std::vector<BackwardCall> calls;
+  calls.emplace_back(x, d, batch_sizes, in, cell, reverse);
+  run_backward(calls, cell, false);
+  return calls[0].result;
+}
+
+// Rows copied by torch's operators, on the device.
+class DeviceRows {
+ public:
+  DeviceRows(const ValidRows& valid, const Tensor& x) : steps_(valid.steps), batch_(valid.batch) {
+    std::vector<int64_t> step, column;
+    for (int64_t t = 0; t < valid.steps; ++t)
+      for (int64_t row = 0; row < valid.sizes[t]; ++row) {
+        step.push_back(t);
+        column.push_back(valid.order[row]);
+      }
+    at_ = {numbers_beside(x, step), numbers_beside(x, column)};
+  }
+
+  Tensor pack(const Tensor& padded) const {
+    std::array<StableIValue, 2> stack{from(padded), from(at_)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::index", "Tensor", stack.data(), TORCH_ABI_VERSION));
+    return to<Tensor>(stack[0]);
+  }
+
+  Tensor pad(const Tensor& rows) const {
+    const Tensor padded = empty({steps_, batch_, rows.size(1)}, rows.scalar_type(), place_of(rows));
+    fill_zero(padded);
+    std::array<StableIValue, 4> stack{from(padded), from(at_), from(rows), from(false)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::index_put_", "", stack.data(), TORCH_ABI_VERSION));
+    return to<Tensor>(stack[0]);
+  }
+
+ private:
+  int64_t steps_, batch_;
+  Tensors at_;  // step and column of each row
+};
+
+struct Cuda {
+  using Rows = DeviceRows;
+  static constexpr auto forward = forward_pass;
+  static constexpr auto backward = backward_pass;
+};
+
 }  // namespace
 
 ForwardResult cuda_forward_op(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
                               Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
                               OptionalTensor w_hr, OptionalTensor batch_sizes, OptionalTensor reset,
                               OptionalTensor packed, int64_t cell, bool reverse, bool save) {
-  refuse_packed(packed);
-  std::vector<ForwardCall> calls;
-  calls.emplace_back(x, Pass{h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes, false, cell,
-                     reverse, save);
-  run_forward(calls, cell, false);
-  return calls[0].result;
+  return forward_pass(x, {h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes, packed, cell,
+                      reverse, save, 0);
 }
 
 BackwardResult cuda_backward_op(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
@@ -118,11 +177,27 @@ BackwardResult cuda_backward_op(OptionalTensor dy, OptionalTensor dh_n, Optional
                                 OptionalTensor w_hr, OptionalTensor batch_sizes,
                                 OptionalTensor reset, Tensor y, Tensor saved, int64_t cell,
                                 bool reverse, int64_t needs) {
-  std::vector<BackwardCall> calls;
-  calls.emplace_back(x, Pass{h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes,
-                     Incoming{dy, dh_n, dc_n, y, saved, needs}, cell, reverse);
-  run_backward(calls, cell, false);
-  return calls[0].result;
+  return backward_pass(x, {h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes,
+                       {dy, dh_n, dc_n, y, saved, needs}, cell, reverse);
+}
+
+ForwardResult cuda_forward_lengths_op(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
+                                      Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                      OptionalTensor w_hr, Tensor lengths, OptionalTensor reset,
+                                      OptionalTensor packed, int64_t cell, bool reverse,
+                                      bool save) {
+  return forward_with_lengths<Cuda>(x, {h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, lengths,
+                                    packed, cell, reverse, save);
+}
+
+BackwardResult cuda_backward_lengths_op(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
+                                        Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
+                                        Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                        OptionalTensor w_hr, Tensor lengths, OptionalTensor reset,
+                                        Tensor y, Tensor saved, int64_t cell, bool reverse,
+                                        int64_t needs) {
+  return backward_with_lengths<Cuda>(x, {h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, lengths,
+                                     {dy, dh_n, dc_n, y, saved, needs}, cell, reverse);
 }
 
 GateGradients cuda_gate_gradients_op(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,

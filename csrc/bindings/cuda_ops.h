@@ -1,4 +1,5 @@
-// The operators on CUDA tensors: functions with the schemas of layer_ops.cpp and group_ops.cpp.
+// The operators on CUDA tensors: functions with the schemas of layer_ops.cpp, lengths_ops.cpp and
+// group_ops.cpp.
 #pragma once
 
 #include "group_calls.h"
@@ -15,6 +16,16 @@ BackwardResult cuda_backward_op(OptionalTensor dy, OptionalTensor dh_n, Optional
                                 OptionalTensor w_hr, OptionalTensor batch_sizes,
                                 OptionalTensor reset, Tensor y, Tensor saved, int64_t cell,
                                 bool reverse, int64_t needs);
+ForwardResult cuda_forward_lengths_op(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
+                                      Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                      OptionalTensor w_hr, Tensor lengths, OptionalTensor reset,
+                                      OptionalTensor packed, int64_t cell, bool reverse, bool save);
+BackwardResult cuda_backward_lengths_op(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
+                                        Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
+                                        Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                        OptionalTensor w_hr, Tensor lengths, OptionalTensor reset,
+                                        Tensor y, Tensor saved, int64_t cell, bool reverse,
+                                        int64_t needs);
 GateGradients cuda_gate_gradients_op(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
                                      Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
                                      Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,

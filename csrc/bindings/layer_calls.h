@@ -2,6 +2,7 @@
 // for the results.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -26,15 +27,17 @@ struct ForwardCall {
   bool save;
 
   // `packed`: of the weights only the shapes count. `used`: a y that nobody reads any more, for
-  // this one if it has the same shape.
+  // this one if it has the same shape. `saved_rows`: room in `saved` for more rows than there are.
   ForwardCall(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes, bool packed,
-              int64_t cell, bool reverse, bool saves, const Tensor* used = nullptr)
+              int64_t cell, bool reverse, bool saves, const Tensor* used = nullptr,
+              int64_t saved_rows = 0)
       : layer({x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, batch_sizes, d.reset, cell,
                reverse, packed}),
-        result(room(layer, saves, used)),
+        result(room(layer, saves, used, saved_rows)),
         save(saves) {}
 
-  static ForwardResult room(const CheckedLayer& layer, bool save, const Tensor* used) {
+  static ForwardResult room(const CheckedLayer& layer, bool save, const Tensor* used,
+                            int64_t saved_rows) {
     const ScalarType dtype = layer.dtype, kept = accumulator_dtype(dtype);
     const Place at = layer.place;
     const bool fits = used && used->size(used->dim() - 1) == layer.output_size;
@@ -43,7 +46,8 @@ struct ForwardCall {
                                 : empty({layer.seq_len, layer.batch, layer.output_size}, dtype, at),
             empty({layer.batch, layer.output_size}, dtype, at),
             empty({layer.cell.states - 1, layer.batch, layer.hidden_size}, dtype, at),
-            save ? empty({layer.rows, layer.planes(), layer.hidden_size}, kept, at)
+            save ? empty({std::max(layer.rows, saved_rows), layer.planes(), layer.hidden_size},
+                         kept, at)
                  : empty({0}, kept, at)};
   }
 

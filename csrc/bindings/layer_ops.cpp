@@ -3,14 +3,12 @@
 #include "cpu_calls.h"
 
 namespace rnnfast {
-namespace {
 
-ForwardResult forward(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh,
-                      OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
-                      OptionalTensor batch_sizes, OptionalTensor reset, OptionalTensor packed,
-                      int64_t cell, bool reverse, bool save) {
-  const ForwardCall call(x, {h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes,
-                         packed.has_value(), cell, reverse, save);
+ForwardResult cpu_forward(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
+                          const OptionalTensor& packed, int64_t cell, bool reverse, bool save,
+                          int64_t saved_rows) {
+  const ForwardCall call(x, d, batch_sizes, packed.has_value(), cell, reverse, save, nullptr,
+                         saved_rows);
   check_packed(packed);
   if (call.layer.empty()) return call.result;
   const Isa isa = active_isa();
@@ -20,6 +18,16 @@ ForwardResult forward(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_i
     run_forward(isa, static_cast<int>(cell), args, format, torch_threads());
   });
   return call.result;
+}
+
+namespace {
+
+ForwardResult forward(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh,
+                      OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
+                      OptionalTensor batch_sizes, OptionalTensor reset, OptionalTensor packed,
+                      int64_t cell, bool reverse, bool save) {
+  return cpu_forward(x, {h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes, packed, cell,
+                     reverse, save);
 }
 
 Tensor widened(const Tensor& tensor) {
@@ -83,6 +91,14 @@ BackwardResult backward_of_half(const Tensor& x, const Pass& d, const OptionalTe
   return all_narrowed(run_widened(x, d, batch_sizes, in, cell, reverse).result, x.scalar_type());
 }
 
+BackwardResult cpu_backward(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
+                            const Incoming& in, int64_t cell, bool reverse) {
+  if (is_half(x)) return backward_of_half(x, d, batch_sizes, in, cell, reverse);
+  const BackwardCall call(x, d, batch_sizes, in, cell, reverse);
+  run_on_cpu(call, cell);
+  return call.result;
+}
+
 namespace {
 
 BackwardResult backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,
@@ -90,12 +106,8 @@ BackwardResult backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor d
                         OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
                         OptionalTensor batch_sizes, OptionalTensor reset, Tensor y, Tensor saved,
                         int64_t cell, bool reverse, int64_t needs) {
-  const Pass pass{h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset};
-  const Incoming incoming{dy, dh_n, dc_n, y, saved, needs};
-  if (is_half(x)) return backward_of_half(x, pass, batch_sizes, incoming, cell, reverse);
-  const BackwardCall call(x, pass, batch_sizes, incoming, cell, reverse);
-  run_on_cpu(call, cell);
-  return call.result;
+  return cpu_backward(x, {h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes,
+                      {dy, dh_n, dc_n, y, saved, needs}, cell, reverse);
 }
 
 GateGradients gate_gradients(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,

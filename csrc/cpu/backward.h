@@ -13,11 +13,10 @@
 
 #include "row_product.h"
 #include "share.h"
+#include "weight_product.h"
 
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
-
-constexpr int64_t kLeftTiles = 8;  // tiles of its left side that are packed together
 
 template <class scalar_t>
 struct BackwardScratch {
@@ -59,8 +58,7 @@ BackwardScratch<scalar_t> backward_scratch(const BackwardArgs<scalar_t>& args, c
   if (args.dw_ih) s.x_packed = arena.take<scalar_t>(inputs.padded() * s.capacity);
   if (args.dw_hh && kDense) s.h_packed = arena.take<scalar_t>(outputs.padded() * s.capacity);
   if (args.dw_hr) s.m_packed = arena.take<scalar_t>(units.padded() * s.capacity);
-  s.a_tiles_size =
-      kLeftTiles * (max_rows(kMaxVectors) * s.capacity + kMaxRows + lanes_of<scalar_t>);
+  s.a_tiles_size = left_tiles_size<scalar_t>(s.capacity);
   s.a_tiles = arena.take<scalar_t>(s.a_tiles_size * choice.threads);
   return s;
 }

@@ -41,6 +41,21 @@ struct Int8Kernels {
   void (*pack)(const LayerArgs<float>& sizes, const Int8Weights&, char* packed);
 };
 
+// A weight's gradient for each of `samples`: left (steps, samples * batch, rows), right (steps,
+// samples * batch, columns), out (samples, rows, columns).
+template <class scalar_t>
+struct SampleProduct {
+  int64_t steps, samples, batch, rows, columns;
+  const scalar_t *left, *right;
+  scalar_t* out;
+};
+
+template <class scalar_t>
+struct SampleKernel {
+  int64_t (*scratch)(const SampleProduct<scalar_t>&);  // of one thread
+  void (*run)(const SampleProduct<scalar_t>&, int64_t begin, int64_t end, char* scratch);
+};
+
 enum class MathFunction : int { kExp = 0, kSigmoid = 1, kTanh = 2 };
 
 struct KernelTable {
@@ -52,6 +67,8 @@ struct KernelTable {
   const Int8Kernels* int8;
   const BackwardKernels<float>* backward32;
   const BackwardKernels<double>* backward64;
+  SampleKernel<float> samples32;
+  SampleKernel<double> samples64;
   DotProduct int8_product;  // where no instruction does it
   void (*widen)(int64_t count, bool brain, const uint16_t* in, float* out);
   void (*narrow)(int64_t count, bool brain, const float* in, uint16_t* out);
@@ -121,6 +138,10 @@ void run_forward_group(Isa isa, int cell, ForwardArgs<scalar_t>* args, const Wei
 template <class scalar_t>
 void run_backward_group(Isa isa, int cell, BackwardArgs<scalar_t>* args, int count, bool chained,
                         const Threads& threads);
+
+// Threads take whole samples.
+template <class scalar_t>
+void run_sample_product(const SampleProduct<scalar_t>& product, const Threads& threads);
 
 // Packed weights: a header that tells what they were made for, then panels.
 template <class scalar_t>

@@ -1,9 +1,9 @@
 // Gradients of the weights and of x, from the gate gradients of one chunk of steps:
 //   dw_ih += dgx^T . x    dw_hh += dgh^T . h_prev    dw_hr += dh^T . m
 //   db = sums of dgx and dgh    dx = dgx . w_ih
-// Left sides are packed tile by tile (their rows lie across memory), right sides in panels that all
-// workers share. Workers own rows of the result, and every sum runs over the chunk's rows in order:
-// the bits do not depend on their number.
+// Right sides are packed in panels that all workers share (left ones: weight_product.h). Workers
+// own rows of the result, and every sum runs over the chunk's rows in order: the bits do not depend
+// on their number.
 #pragma once
 
 #include "backward.h"
@@ -61,18 +61,25 @@ class GradientPass {
     share_right_sides(chunk, rows);
     barrier(worker_);
     const Range gates = part_of(Cell::kGates * args_.hidden_size, worker_.index, worker_.count);
-    const Right x{inputs_, s_.x_packed, args_.dw_ih}, h{outputs_, s_.h_packed, args_.dw_hh};
+    const Right<scalar_t> x{inputs_, s_.x_packed, args_.dw_ih},
+        h{outputs_, s_.h_packed, args_.dw_hh}, m{units_, s_.m_packed, args_.dw_hr};
+    scalar_t* tiles = s_.a_tiles + worker_.index * s_.a_tiles_size;
+    const auto add_product = [&](Range range, const scalar_t* left, int64_t left_row,
+                                 const auto&... rights) {
+      weight_product(
+          range, rows, first, [&](int64_t k) { return left + k * left_row; }, {rights...}, tiles);
+    };
     if constexpr (Cell::kRecurrence == Recurrence::kDiagonal) {
-      weight_product(gates, rows, first, s_.dgx, s_.gate_row, {x});
+      add_product(gates, s_.dgx, s_.gate_row, x);
       if (args_.dw_hh) diagonal_gradient(gates, chunk, rows, first);
     } else if constexpr (Cell::kSplitGates) {
-      weight_product(gates, rows, first, s_.dgx, s_.gate_row, {x});
-      weight_product(gates, rows, first, s_.dgh, s_.gate_row, {h});
+      add_product(gates, s_.dgx, s_.gate_row, x);
+      add_product(gates, s_.dgh, s_.gate_row, h);
     } else {
-      weight_product(gates, rows, first, s_.dgx, s_.gate_row, {x, h});
+      add_product(gates, s_.dgx, s_.gate_row, x, h);
     }
-    weight_product(part_of(args_.output_size, worker_.index, worker_.count), rows, first,
-                   s_.dh_steps, args_.output_size, {Right{units_, s_.m_packed, args_.dw_hr}});
+    add_product(part_of(args_.output_size, worker_.index, worker_.count), s_.dh_steps,
+                args_.output_size, m);
     if (args_.db_ih) sum_rows(gates, rows, first, s_.dgx, args_.db_ih);
     if (args_.db_hh && (Cell::kSplitGates || !args_.db_ih)) {
       sum_rows(gates, rows, first, s_.dgh, args_.db_hh);
@@ -134,62 +141,6 @@ class GradientPass {
       for (int64_t p = mine.begin; p < mine.end; ++p)
         pack_rows(
             units_, p, rows, [&](int64_t k) { return loop_.hidden_of(base + k); }, s_.m_packed);
-    }
-  }
-
-  // A right side in panels and the gradient that it leads to; null: not asked for.
-  struct Right {
-    const Panels<scalar_t>& panels;
-    const scalar_t* packed;
-    scalar_t* out;
-  };
-
-  // out[m] (+)= sum over rows k of left[k][m] * right[k], for the rows m of the result in `range`.
-  template <int n>
-  void weight_product(Range range, int64_t rows, bool first, const scalar_t* left, int64_t left_row,
-                      const Right (&rights)[n]) {
-    bool wanted = false;
-    for (const Right& right : rights) wanted = wanted || right.out;
-    if (!wanted) return;
-    constexpr int64_t kTileRows = max_rows(kMaxVectors);
-    scalar_t* a = s_.a_tiles + worker_.index * s_.a_tiles_size;
-    for (int64_t m = range.begin; m < range.end; m += kLeftTiles * kTileRows) {
-      const int64_t height = smaller(range.end - m, kLeftTiles * kTileRows);
-      pack_left(rows, height, left + m, left_row, a);
-      for (const Right& right : rights) {
-        if (!right.out) continue;
-        for (int64_t p = 0; p < right.panels.count(); ++p)
-          for (int64_t i = 0; i < height; i += kTileRows)
-            multiply_columns(smaller(kTileRows, height - i), right.panels.valid(p), !first,
-                             Operands<scalar_t>{rows, a + tile_offset(i, rows), 1, kTileRows,
-                                                right.packed + right.panels.offset(p) * rows,
-                                                right.panels.vectors(p) * kLanes, nullptr, 0,
-                                                out_of(right, m + i, p), right.panels.units});
-      }
-    }
-  }
-
-  static scalar_t* out_of(const Right& right, int64_t m, int64_t p) {
-    return right.out + m * right.panels.units + right.panels.first(p);
-  }
-
-  // Where the tile of column i starts: behind each tile is room for what its last vector runs over.
-  static int64_t tile_offset(int64_t i, int64_t rows) {
-    return i * rows + i / max_rows(kMaxVectors) * kLanes;
-  }
-
-  // Columns of `left` as tiles of kTileRows, k by k. Several tiles at a
-  // time, so that a cache line is fetched once; whole vectors, so that
-  // what runs over a row of the tile is overwritten by the next row.
-  void pack_left(int64_t rows, int64_t height, const scalar_t* left, int64_t left_row,
-                 scalar_t* a) {
-    constexpr int64_t kTileRows = max_rows(kMaxVectors);
-    const int64_t tile = tile_offset(kTileRows, rows);
-    for (int64_t k = 0; k < rows; ++k) {
-      const scalar_t* from = left + k * left_row;
-      scalar_t* to = a + k * kTileRows;
-      for (int64_t i = 0; i < height; i += kTileRows, from += kTileRows, to += tile)
-        for (int64_t v = 0; v < kTileRows; v += kLanes) store(to + v, load(from + v));
     }
   }
 

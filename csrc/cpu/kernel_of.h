@@ -30,6 +30,9 @@ inline const BackwardKernels<double>& backward_kernels(Isa isa, int cell, double
   return kernels(isa).backward64[cell];
 }
 
+inline const SampleKernel<float>& sample_kernel(Isa isa, float) { return kernels(isa).samples32; }
+inline const SampleKernel<double>& sample_kernel(Isa isa, double) { return kernels(isa).samples64; }
+
 // The layout in which weights of a type are packed.
 template <class scalar_t>
 WeightFormat packed_format(Isa isa) {

@@ -5,6 +5,7 @@
 #include "dispatch.h"
 #include "forward.h"
 #include "gradients.h"
+#include "sample_product.h"
 
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
@@ -156,11 +157,24 @@ int64_t spin_tile(int64_t repeats) {
   return repeats * 2 * kRows * kSize * kMaxVectors * lanes;
 }
 
-constexpr KernelTable kTable = {
-    kFloat32,           kFloat64,       kBFloat16,       kDotBFloat16,
-    kFloat16,           kInt8,          kBackward32,     kBackward64,
-    byte_product,       widen_halves,   narrow_halves,   apply_math<float>,
-    apply_math<double>, product<float>, product<double>, spin_tile};
+constexpr KernelTable kTable = {kFloat32,
+                                kFloat64,
+                                kBFloat16,
+                                kDotBFloat16,
+                                kFloat16,
+                                kInt8,
+                                kBackward32,
+                                kBackward64,
+                                {sample_bytes<float>, sample_product<float>},
+                                {sample_bytes<double>, sample_product<double>},
+                                byte_product,
+                                widen_halves,
+                                narrow_halves,
+                                apply_math<float>,
+                                apply_math<double>,
+                                product<float>,
+                                product<double>,
+                                spin_tile};
 
 }  // namespace
 

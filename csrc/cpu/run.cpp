@@ -222,6 +222,27 @@ void run_backward_group(Isa isa, int cell, BackwardArgs<scalar_t>* args, int cou
       [&](int i) { run_backward(isa, cell, args[i], threads); });
 }
 
+template <class scalar_t>
+void run_sample_product(const SampleProduct<scalar_t>& product, const Threads& threads) {
+  const SampleKernel<scalar_t>& kernel = sample_kernel(active_isa(), scalar_t{});
+  const int64_t bytes = (kernel.scratch(product) + 4095) / 4096 * 4096;
+  const int64_t workers = std::min<int64_t>(threads.count, product.samples);
+  char* memory = scratch.reserve(workers * bytes);
+  auto work = [&](long begin, long end) {
+    for (long w = begin; w < end; ++w)
+      kernel.run(product, product.samples * w / workers, product.samples * (w + 1) / workers,
+                 memory + w * bytes);
+  };
+  const auto run = [](long begin, long end, void* context) {
+    (*static_cast<decltype(work)*>(context))(begin, end);
+  };
+  if (workers > 1)
+    threads.parallel_for(static_cast<int>(workers), run, &work);
+  else
+    work(0, 1);
+  scratch.trim();
+}
+
 #define RNNFAST_INSTANTIATE(scalar_t)                                                         \
   template void run_forward(Isa, int, ForwardArgs<scalar_t>&, WeightFormat, const Threads&);  \
   template void run_forward_group(Isa, int, ForwardArgs<scalar_t>*, const WeightFormat*, int, \
@@ -234,5 +255,8 @@ template void run_backward(Isa, int, const BackwardArgs<float>&, const Threads&)
 template void run_backward(Isa, int, const BackwardArgs<double>&, const Threads&);
 template void run_backward_group(Isa, int, BackwardArgs<float>*, int, bool, const Threads&);
 template void run_backward_group(Isa, int, BackwardArgs<double>*, int, bool, const Threads&);
+
+template void run_sample_product(const SampleProduct<float>&, const Threads&);
+template void run_sample_product(const SampleProduct<double>&, const Threads&);
 
 }  // namespace rnnfast

@@ -196,10 +196,44 @@ void check_teams() {
   check(run_team(3, one_thread, work, &shared) == 1, "a pool of one thread makes a team of one");
 }
 
+// Gradients of samples, on buffers without a number to spare.
+void check_samples(int64_t steps, int64_t samples, int64_t batch, int64_t rows, int64_t columns) {
+  const int64_t each = steps * samples * batch;
+  Values left(each * rows), right(each * columns);
+  for (size_t i = 0; i < left.size(); ++i) left[i] = std::sin(1.0 + static_cast<double>(i));
+  for (size_t i = 0; i < right.size(); ++i) right[i] = std::cos(2.0 * static_cast<double>(i));
+  Values expected(samples * rows * columns);
+  for (int64_t k = 0; k < each; ++k)
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j)
+        expected[(k / batch % samples * rows + i) * columns + j] +=
+            left[k * rows + i] * right[k * columns + j];
+  const std::string what = "samples of " + std::to_string(rows) + " x " + std::to_string(columns);
+  for (int isa = 0; isa < kNumIsas; ++isa) {
+    if (!isa_available(static_cast<Isa>(isa))) continue;
+    force_isa(isa);
+    Values one(expected.size()), two(expected.size());
+    run_sample_product<double>(
+        {steps, samples, batch, rows, columns, left.data(), right.data(), one.data()},
+        {1, nullptr});
+    run_sample_product<double>(
+        {steps, samples, batch, rows, columns, left.data(), right.data(), two.data()},
+        {2, thread_per_part});
+    check(near(one, expected, 1e-11), what + ", " + isa_name(static_cast<Isa>(isa)));
+    check(same_bits(one, two), what + ": two threads");
+  }
+  force_isa(-1);
+}
+
 }  // namespace
 
 int main() {
   check_teams();
+  check_samples(1, 1, 1, 1, 1);
+  check_samples(5, 3, 2, 7, 5);
+  check_samples(4, 2, 1, 48, 64);
+  check_samples(530, 2, 1, 9, 17);
+  check_samples(3, 4, 5, 50, 130);
   for (int cell = 0; cell < kNumCells; ++cell)
     for (const bool reverse : {false, true})
       for (const bool uneven : {false, true}) {
