@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ SHAPES = (
 )
 
 
-def kept(layer: Any, x: Tensor) -> int:
-    """Bytes that autograd keeps beyond input, weights and output."""
+def kept_bytes(run: Callable[[], Iterable[Tensor]], *known: Tensor) -> int:
+    """What autograd keeps of a call beyond these tensors (its input and weights, say) and the
+    results that it returns."""
     found: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -36,8 +37,8 @@ def kept(layer: Any, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y, _ = layer(x)
-    for tensor in (x, y, *layer.parameters()):
+        results = list(run())
+    for tensor in (*known, *results):
         found.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(found.values())
 
@@ -62,7 +63,10 @@ def main(threads: int = 1, rounds: int = 9) -> None:
             times = [(seconds(plain, x, clock), seconds(lean, x, clock)) for _ in range(rounds)]
             plainly, leanly = (statistics.median(t) for t in zip(*times, strict=True))
             ratios.append(f"{leanly / plainly:.2f}")
-        sizes = [kept(layer, x) / 2**20 for layer in (plain, lean)]
+        sizes = [
+            kept_bytes(lambda one=layer, z=x: one(z)[:1], x, *layer.parameters()) / 2**20
+            for layer in (plain, lean)
+        ]
         shape = f"{name} T={steps} B={batch} H={hidden}"
         rows.append([shape, f"{sizes[0]:.1f}", f"{sizes[1]:.2f}", *ratios])
     print(render(["layer", "plain, MiB", "recompute, MiB", "time", "CPU time"], rows, False))

@@ -36,6 +36,13 @@ def _raise_dtypes(found: Tensor, weight: Tensor, who: str) -> NoReturn:
     )
 
 
+def refuse_input(found: Any) -> NoReturn:
+    """The type of torch.nn's error, which only misses a method."""
+    raise AttributeError(
+        f"rnnfast: input must be a tensor or a PackedSequence, got {type(found).__name__}"
+    )
+
+
 def _castable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and is_any_autocast_enabled()
 

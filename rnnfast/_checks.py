@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._modes import is_vmapped
 from .cells import CellSpec
 
 # what the engines compute in
@@ -28,8 +29,37 @@ def has_values(batch_sizes: Tensor) -> bool:
         torch.compiler.is_compiling()
         or type(batch_sizes) is not Tensor  # a fake tensor, for one
         or batch_sizes.is_meta
-        or torch._C._functorch.is_batchedtensor(batch_sizes)
+        or is_vmapped(batch_sizes)
     )
+
+
+def check_dense(tensor: Tensor, name: str) -> None:
+    """A tensor with a place in memory for each number: what kernels, views and copies take."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        found = "a nested one" if tensor.is_nested else str(tensor.layout)
+        raise NotImplementedError(
+            f"rnnfast: {name} must be a dense tensor (torch.strided), got {found}; convert it with "
+            f"{'torch.nested.to_padded_tensor' if tensor.is_nested else '.to_dense()'}"
+        )
+
+
+def check_lengths_kind(lengths: Any, input: Any) -> None:
+    """Lengths whose values a call can read, now or when its graph runs, of an input with steps."""
+    if isinstance(input, Tensor):
+        check_dense(input, "input")
+    if not isinstance(lengths, Tensor) or not isinstance(input, Tensor):
+        return
+    check_dense(lengths, "lengths")
+    if lengths.device.type == "meta" != input.device.type:
+        raise RuntimeError(
+            f"rnnfast: lengths of an input on {input.device} must have values, got a meta tensor"
+        )
+
+
+def check_recompute(name: str, recompute: Any) -> None:
+    if recompute is not True and recompute is not False:
+        found = type(recompute).__name__
+        raise TypeError(f"rnnfast: recompute of {name} must be a bool, got {found}")
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:

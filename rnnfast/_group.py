@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _modes, ops
+from ._passes import Pass
 from .cells import CELLS, CellSpec
 
 _forward_group = torch.ops.rnnfast.forward_group.default
@@ -19,9 +20,19 @@ _is_grad_enabled = torch.is_grad_enabled
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
-# h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset and packed weights of one pass
-Pass = Sequence[Tensor | None]
 Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+@torch.library.register_fake("rnnfast::forward_group")
+def _(x: Tensor, tensors: Any, sizes: Any, cell: int, chained: bool, save: bool) -> list[Tensor]:
+    """For _stack.py, which looks into its operator with it."""
+    outs: list[Tensor] = []
+    for first in range(0, len(tensors), 9):
+        *one, reset, packed = tensors[first : first + 9]
+        y = outs[-4] if chained and outs else x
+        reverse = not chained and first > 0
+        outs += ops.forward_fake(y, *one, sizes, reset, packed, cell, reverse, save)
+    return outs
 
 
 class _OnePass:
@@ -123,9 +134,7 @@ def _may_run_at_once(passes: Sequence[_OnePass], incoming: Sequence[Any], chaine
         fits
         and all(any(one.needs_input_grad) for one in passes)
         and not _is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in given)
-        and not ops.has_tangent(given)
+        and not _modes.is_beyond_kernels(given)
     )
 
 
@@ -150,12 +159,12 @@ def _at_once(passes: Sequence[_OnePass], incoming: Any, chained: bool) -> list[A
 
 
 def applies(x: Tensor, passes: Sequence[Pass]) -> bool:
-    """Whether a call with these tensors may take this way: plain ones only, since the operators
-    have no fake kernels."""
+    """Whether a call with these tensors may take this way: plain ones only, whose operators nobody
+    overrides."""
     tensors = (x, *(t for one in passes for t in one))
     on_engine = x.is_cpu or x.is_cuda
-    plain = all(type(t) in _PLAIN for t in tensors) and ops.is_eager(tensors)
-    return on_engine and plain and not torch._C._are_functorch_transforms_active()
+    plain = all(type(t) in _PLAIN for t in tensors) and _modes.is_eager(tensors)
+    return on_engine and plain and not _modes.transforms_active()
 
 
 def run(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _run, _step
+from ._checks import check_recompute
 from ._freeze import Frozen, why_not
 from ._step_plan import StepPlan
 from .cells import CellSpec, cell_spec
@@ -41,9 +42,7 @@ class Layer(nn.RNNBase):
     recompute: bool = False
 
     def _set_recompute(self, recompute: bool) -> None:
-        if not isinstance(recompute, bool):
-            name, found = type(self).__name__, type(recompute).__name__
-            raise TypeError(f"rnnfast: recompute of {name} must be a bool, got {found}")
+        check_recompute(type(self).__name__, recompute)
         if recompute:  # else the class says it
             self.recompute = True
 

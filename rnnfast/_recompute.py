@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import engine, ops
+from . import _modes, engine, ops
 from ._checks import check_layer
+from ._modes import is_beyond_kernels
 from .cells import CELLS, cell_spec
 
 # Steps from one kept state to the next. Fewer keep more states and leave the threads less to
@@ -239,28 +240,19 @@ def _formula(
         return none
     *inputs, h_kept, c_kept = ctx.saved_tensors
     compiling = torch.compiler.is_compiling()
-    if not compiling and (torch.is_grad_enabled() or _are_batched(incoming)):
+    if not compiling and (torch.is_grad_enabled() or is_beyond_kernels(incoming)):
         # who differentiates gradients keeps everything anyway; batches are for the reference
         exact = ops.forward_backward(_AsPlain(ctx, tuple(inputs)), *incoming, None)
         return (*exact[:8], *none[8:])
     needed = ctx.needs_input_grad[:8]
     numbers = (ctx.cell, ctx.reverse, ctx.every, ops.needs_mask(needed))
     args: Any = (*incoming, *inputs, h_kept, c_kept, *numbers)
-    if ops.is_eager(args):
+    if _modes.is_eager(args):
         with ops.below_autograd():
             grads = _backward(*args)
     else:
         grads = _backward_op(*args)
     return (*(g if n else None for g, n in zip(grads, needed, strict=True)), *none[8:])
-
-
-def _are_batched(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Or carry tangents: what only the reference can do."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors if t is not None)
-        or ops.has_tangent(tensors)
-    )
 
 
 _forward_op.register_autograd(_formula, setup_context=_setup)
@@ -282,7 +274,7 @@ class _Recompute(torch.autograd.Function):
 def run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of one layer as ``rnnfast::forward`` takes it, to be differentiated: (y, h_n,
     c_n). args: x, h0, c0, the weights, batch_sizes, reset, cell, reverse."""
-    if ops.is_eager(args):
+    if _modes.is_eager(args):
         out = _Recompute.apply(*args, EVERY)
     else:
         out = _forward_op(*args, EVERY)

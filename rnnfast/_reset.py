@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ._checks import has_values
+from ._checks import check_dense, has_values
 
 
 def _text(value: Any) -> str:
@@ -26,6 +26,8 @@ def _raise(wanted: str, letters: str, sizes: tuple[int, ...], found: Any) -> NoR
 
 def check(reset: Any, letters: str, sizes: tuple[int, ...], x: Tensor) -> Tensor:
     """A mask of these sizes on the device of x."""
+    if isinstance(reset, Tensor) and reset.layout is not torch.strided:
+        check_dense(reset, "reset")
     if (
         not isinstance(reset, Tensor)
         or reset.dtype != torch.bool

@@ -11,21 +11,45 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cuda, _functorch, _group, _lengths, _recompute, _reset, engine, ops, reference
+from . import (
+    _cuda,
+    _functorch,
+    _group,
+    _hx,
+    _lengths,
+    _modes,
+    _passes,
+    _recompute,
+    _reset,
+    _stack,
+    engine,
+    ops,
+    reference,
+)
 from ._cast import (
     autocast_weights,
     check_device,
     is_any_autocast_enabled,
     match_input,
     match_state,
+    refuse_input,
 )
-from ._checks import DTYPES, check_batch_sizes, check_weights
+from ._checks import (
+    DTYPES,
+    check_batch_sizes,
+    check_dense,
+    check_lengths_kind,
+    check_recompute,
+    check_weights,
+)
+from ._modes import has_tangent, is_transformed, refuse_tangents
+from ._modes import transforms_active as _transforms_active
 from .cells import CellSpec
 
 _forward = ops.forward
 _run_eager = ops.RNNFast.apply
-_transforms_active = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
+_strided = torch.strided
 
 
 def use_reference(
@@ -42,7 +66,7 @@ def use_reference(
     if _transforms_active():
         beyond = forward_ad._current_level >= 0 or not _fits_transforms(x, packed_rows)
     else:
-        beyond = ops.has_tangent((x, h0, c0, *weights))
+        beyond = has_tangent((x, h0, c0, *weights))
     if beyond:
         if engine.forced != "auto":
             raise RuntimeError(
@@ -88,6 +112,12 @@ def _check_engine(x: Tensor) -> None:
         )
 
 
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """torch.compiler.is_exporting, which up to torch 2.10 is true in all that Dynamo traces."""
+    return torch.compiler.is_exporting()
+
+
 def direction(
     use_ref: bool,
     spec: CellSpec,
@@ -111,6 +141,8 @@ def direction(
         check_weights(spec, x, w_ih, w_hh, b_ih, b_hh, w_hr)
         if not torch.compiler.is_compiling():
             engine.note_reference()
+        elif not _transforms_active():
+            x = refuse_tangents(x)
         if lengths is not None:
             return _lengths.direction(
                 True, spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, None, reverse,
@@ -119,11 +151,13 @@ def direction(
         return reference.forward(
             x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset, cell=spec, reverse=reverse
         )
-    if _transforms_active():
-        if _functorch.is_differentiated():
-            ops.refuse_packed(packed_weights)
-        tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-        return _functorch.direction(spec, tensors, reset, reverse)
+    if is_transformed():
+        if _transforms_active():
+            if _functorch.is_differentiated():
+                ops.refuse_packed(packed_weights)
+            tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+            return _functorch.direction(spec, tensors, reset, reverse)
+        x = refuse_tangents(x)
     save = _is_grad_enabled() and (
         w_hh.requires_grad
         or x.requires_grad
@@ -133,7 +167,7 @@ def direction(
     if save:
         ops.refuse_packed(packed_weights)
         # an exported graph is for inference; should it be trained, backward computes `saved` anew
-        save = not torch.compiler.is_exporting()
+        save = not is_exporting()
     if lengths is not None:
         return _lengths.direction(
             False, spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, packed_weights,
@@ -147,7 +181,7 @@ def direction(
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset, packed_weights, spec.id,
         reverse, save,
     )  # fmt: skip
-    if not ops.is_eager(args):
+    if not _modes.is_eager(args):
         return _forward(*args)[:3]
     if save:
         return _run_eager(*args)[:3]
@@ -209,54 +243,34 @@ def stack(
         # no view: FSDP2 loses its hook on one that is then changed in place
         return y, h_n.unsqueeze_(0), c_n
 
-    count = num_layers * directions
-    each = len(weights) // count
-    h0s = (None,) * count if h0 is None else h0.unbind(0)
-    c0s = (None,) * count if c0 is None else c0.split(1)
-    resets = [reset] * directions
-    if reset is not None and directions == 2:
-        resets[1] = _reset.of_backward_direction(reset, batch_sizes)
-    given: list[tuple[Any, ...]] = []
-    for i in range(count):
-        w = weights[i * each : (i + 1) * each]
-        b_ih, b_hh = w[2:4] if bias else (None, None)
-        w_hr = w[-1] if each % 2 else None
-        given.append(
-            (
-                h0s[i], c0s[i], w[0], w[1], b_ih, b_hh, w_hr, resets[i % directions],
-                None if packed_weights is None else packed_weights[i],
-            )
-        )  # fmt: skip
-
-    outs: list[tuple[Tensor, Tensor, Tensor]] = []
+    if torch.compiler.is_compiling() and not (
+        use_ref or recompute or packed_weights is not None or is_exporting()
+    ):
+        return _stack.run(
+            spec, x, h0, c0, weights, num_layers, directions, dropout, batch_sizes, reset, lengths
+        )
+    passes = _passes.split(
+        weights, num_layers, directions, h0, c0, batch_sizes, reset, packed_weights
+    )
     one_by_one = use_ref or recompute or lengths is not None
-    grouped = not one_by_one and _group.applies(x, given)
-    if grouped and directions == 1 and dropout == 0:
-        outs = _group.run(spec, x, given, batch_sizes, True)
-        return outs[-1][0], torch.stack([o[1] for o in outs]), torch.cat([o[2] for o in outs])
-    y = x
-    last = (lengths, recompute)
-    for layer in range(num_layers):
-        passes = given[layer * directions : (layer + 1) * directions]
-        if grouped and directions == 2:
-            of_layer = _group.run(spec, y, passes, batch_sizes, False)
-        else:
-            of_layer = [
-                direction(  # type: ignore[call-arg]
-                    use_ref, spec, y, *tensors, batch_sizes, reset, packed, k == 1, *last
-                )
-                for k, (*tensors, reset, packed) in enumerate(passes)
-            ]
-        outs += of_layer
-        ys = [out[0] for out in of_layer]
-        y = ys[0] if directions == 1 else torch.cat(ys, -1)
-        if layer < num_layers - 1 and dropout != 0:
-            y = torch.dropout(y, dropout, True)  # torch.nn's draw, so that seeds give its masks
-    return y, torch.stack([o[1] for o in outs]), torch.cat([o[2] for o in outs])
+    grouped = not one_by_one and _group.applies(x, passes)
+    all_at_once = grouped and directions == 1 and dropout == 0
 
+    def run(y: Tensor, some: Sequence[_passes.Pass]) -> Sequence[Any]:
+        if grouped and len(some) > 1:
+            return _group.run(spec, y, some, batch_sizes, directions == 1)
+        outs: list[Any] = []
+        for k, (*tensors, mask, packed) in enumerate(some):
+            args: Any = (*tensors, batch_sizes, mask, packed, k == 1, lengths, recompute)
+            outs.append(direction(use_ref, spec, y, *args))
+        return outs
 
-def _raise_size(who: str, expected: tuple[int, ...], found: Tensor) -> NoReturn:
-    raise RuntimeError(f"Expected {who} size {expected}, got {list(found.size())}")
+    def between(y: Tensor) -> Tensor:
+        # torch.nn's draw, so that seeds give its masks
+        return y if dropout == 0 else torch.dropout(y, dropout, True)
+
+    at_once = len(passes) if all_at_once else directions
+    return _passes.walk(x, passes, directions, at_once, run, between)
 
 
 def layer(
@@ -290,10 +304,17 @@ def layer(
         if cast is not None:
             weight, dtype = weights[0], cast
     rows = None
+    if not isinstance(input, (Tensor, PackedSequence)):
+        refuse_input(input)
+    if recompute is not False:
+        check_recompute(name, recompute)
     if lengths is not None:
+        check_lengths_kind(lengths, input)
         input, reset, rows, lengths = _lengths.enter(input, reset, lengths, batch_first)
     if isinstance(input, PackedSequence):
         x, batch_sizes, sorted_indices, unsorted_indices = input
+        if x.layout is not _strided:
+            check_dense(x, "input")
         batch = 0
         if hx is not None:
             if batch_sizes.dim() != 1 or batch_sizes.size(0) == 0:
@@ -305,6 +326,8 @@ def layer(
             x = match_input(x, weight, not two_states)
     else:
         x = input
+        if x.layout is not _strided:
+            check_dense(x, "input")
         dims = x.dim()
         if dims == 3:
             batched = True
@@ -322,29 +345,7 @@ def layer(
     h0: Tensor | None = None
     c0: Tensor | None = None
     if hx is not None:
-        if two_states:
-            h0, c0 = hx[0], hx[1]
-            if len(hx) != 2:
-                raise RuntimeError("lstm expects two hidden states")
-            if batch_sizes is None:
-                wanted = 3 if batched else 2
-                if h0.dim() != wanted or c0.dim() != wanted:
-                    form = "batched 3-D" if batched else "unbatched 2-D"
-                    raise RuntimeError(
-                        f"For {form} input, hx and cx should also be {wanted}-D but got "
-                        f"({h0.dim()}-D, {c0.dim()}-D) tensors"
-                    )
-            if isinstance(hx, Tensor):
-                raise TypeError("rnnfast: hx must be a tuple (h_0, c_0), got one Tensor")
-        else:
-            h0 = hx
-            wanted = 3 if batched else 2
-            if h0.dim() != wanted and batch_sizes is None:
-                form = "batched 3-D" if batched else "unbatched 2-D"
-                raise RuntimeError(
-                    f"For {form} input, hx should also be {wanted}-D but got {h0.dim()}-D tensor"
-                )
-
+        h0, c0 = _hx.take(hx, two_states, batched, batch_sizes is not None)
     if x.dtype != dtype:
         x = match_input(x, weight, True)
     if x.dim() != dims:
@@ -357,23 +358,9 @@ def layer(
     if weight.is_cpu is not on_cpu or not on_cpu:
         check_device(x, weight)
     if h0 is not None:
-        if not batched:
-            h0 = h0.unsqueeze(1)
-            c0 = None if c0 is None else c0.unsqueeze(1)
-        expected = (num_layers * directions, batch, proj_size or hidden_size)
-        if h0.shape != expected:
-            _raise_size("hidden[0]" if two_states else "hidden", expected, h0)
-        if c0 is not None:
-            expected = (num_layers * directions, batch, hidden_size)
-            if c0.shape != expected:
-                _raise_size("hidden[1]", expected, c0)
-            if c0.dtype != dtype or not (on_cpu and c0.is_cpu):
-                c0 = match_state(c0, weight, "hx[1]")
-        if h0.dtype != dtype or not (on_cpu and h0.is_cpu):
-            h0 = match_state(h0, weight, "hx[0]" if two_states else "hx")
-        if sorted_indices is not None:
-            h0 = h0.index_select(1, sorted_indices)
-            c0 = None if c0 is None else c0.index_select(1, sorted_indices)
+        count = num_layers * directions
+        sizes = (count, batch, proj_size or hidden_size), (count, batch, hidden_size)
+        h0, c0 = _hx.fit(h0, c0, batched, sizes, weight, sorted_indices)
     if x.size(0) == 0 and batch_sizes is None:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
@@ -411,16 +398,11 @@ def of_module(
 ) -> tuple[Any, Any]:
     """A whole layer with the options and the current weights of a module."""
     weights, packed = module._current()
-    recompute = getattr(module, "recompute", False)
-    if recompute is not True and recompute is not False:
-        raise TypeError(
-            f"rnnfast: recompute of {name} must be a bool, got {type(recompute).__name__}"
-        )
     return layer(
         name, spec, input, hx, reset, weights, module.input_size, module.hidden_size,
         module.proj_size, module.num_layers, module.bias, module.batch_first,
         module.dropout if module.training else 0.0, module.bidirectional, packed, lengths,
-        recompute,
+        getattr(module, "recompute", False),
     )  # fmt: skip
 
 
@@ -463,6 +445,9 @@ def cell(
     b_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One step: x (B, I), h and c (B, H) or None; gives h' and c' (one more dimension in front)."""
+    if x.layout is not _strided or (h is not None and h.layout is not _strided):
+        check_dense(x, "input")
+        check_dense(x if h is None else h, "hx")
     if x.dim() != 2:
         raise RuntimeError(f"rnnfast: input must have shape (B, I), got {tuple(x.shape)}")
     if is_any_autocast_enabled():

@@ -8,15 +8,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _cast, _reset, _run, engine, ops
-from ._step_plan import nothing_is_watching
+from ._checks import check_dense
+from ._modes import is_transformed, nothing_is_watching
 from .cells import CellSpec
 
 _forward = ops.forward
 _below_autograd = ops.below_autograd
-_transforms_active = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
 _is_inference = torch.is_inference_mode_enabled
 _is_compiling = torch.compiler.is_compiling
@@ -46,9 +45,8 @@ def _short_way(
         or layer.num_layers != 1
         or layer.bidirectional
         or engine.forced != "auto"
-        or _transforms_active()
         or _is_any_autocast_enabled()
-        or forward_ad._current_level >= 0
+        or is_transformed()
         or _tracing() is not None
     ):
         return None
@@ -56,32 +54,32 @@ def _short_way(
     if not batched and (input.dim() != 1 or reset is not None):
         return None
     h = c = None
-    if state is not None:
-        if spec.states == 1:
-            h = state
-        elif type(state) is tuple and len(state) == 2:
-            h, c = state
-        else:
-            return None
-        if type(h) is not Tensor or h.dim() != (3 if batched else 2):
-            return None
-        if spec.states == 2 and type(c) is not Tensor:
-            return None
-        if batched:
-            h = h.squeeze(0)
-        elif c is not None:
-            c = c.unsqueeze(1)
-    if reset is not None:
-        if type(reset) is not Tensor:
-            return None
-        reset = reset.unsqueeze(0)
-    b_ih, b_hh = weights[2:4] if layer.bias else (None, None)
-    args = (
-        input.unsqueeze(0) if batched else input.view(1, 1, -1), h, c, weights[0], weights[1],
-        b_ih, b_hh, weights[-1] if len(weights) % 2 else None, None, reset,
-        None if packed is None else packed[0], spec.id, False, False,
-    )  # fmt: skip
     try:
+        if state is not None:
+            if spec.states == 1:
+                h = state
+            elif type(state) is tuple and len(state) == 2:
+                h, c = state
+            else:
+                return None
+            if type(h) is not Tensor or h.dim() != (3 if batched else 2):
+                return None
+            if spec.states == 2 and type(c) is not Tensor:
+                return None
+            if batched:
+                h = h.squeeze(0)
+            elif c is not None:
+                c = c.unsqueeze(1)
+        if reset is not None:
+            if type(reset) is not Tensor:
+                return None
+            reset = reset.unsqueeze(0)
+        b_ih, b_hh = weights[2:4] if layer.bias else (None, None)
+        args = (
+            input.unsqueeze(0) if batched else input.view(1, 1, -1), h, c, weights[0], weights[1],
+            b_ih, b_hh, weights[-1] if len(weights) % 2 else None, None, reset,
+            None if packed is None else packed[0], spec.id, False, False,
+        )  # fmt: skip
         if _is_inference():
             y, h_n, c_n, _ = _forward(*args)
         else:
@@ -102,6 +100,8 @@ def _checked_input(layer: Any, input: Any, weight: Tensor) -> Tensor:
             "direction begins at the end of the sequence, and a stream has none"
         )
     wanted = layer.input_size
+    if isinstance(input, Tensor):
+        check_dense(input, "input")
     if not isinstance(input, Tensor) or input.dim() not in (1, 2) or input.size(-1) != wanted:
         raise RuntimeError(
             f"rnnfast: input must have shape (B, I) or (I,) with I = {wanted}, got {_text(input)}"
@@ -130,6 +130,8 @@ def _checked_states(
         widths.append(("H", layer.hidden_size))
     for i, (name, (letter, width)) in enumerate(zip(names, widths, strict=True)):
         sizes = (layer.num_layers, *batch, width)
+        if isinstance(states[i], Tensor):
+            check_dense(states[i], name)
         if not isinstance(states[i], Tensor) or states[i].shape != sizes:
             _raise_state(name, f"(L, {'B, ' if batch else ''}{letter})", sizes, states[i])
         states[i] = _cast.match_state(states[i], weight, name)

@@ -9,19 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import engine
 from ._library import library_path
 from .cells import CellSpec
 
-_is_grad_enabled = torch.is_grad_enabled
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-_transforms_active = torch._C._are_functorch_transforms_active
-_tracing = torch._C._get_tracing_state
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_is_profiled = torch._C._autograd._profiler_enabled
 _empty, _empty_like, _strided = torch.empty, torch.empty_like, torch.strided
 
 # shapes of x, h and c, and a tensor as y, h and c will be
@@ -59,20 +51,6 @@ def _is_plain(tensor: Any, dtype: torch.dtype, shape: torch.Size) -> bool:
         and tensor.layout is _strided
         and tensor.is_contiguous()
         and not tensor.is_neg()
-    )
-
-
-def nothing_is_watching() -> bool:
-    """Whether nobody differentiates, traces, casts, counts or overrides operators."""
-    return not (
-        _is_grad_enabled()
-        or _is_any_autocast_enabled()
-        or _transforms_active()
-        or forward_ad._current_level >= 0
-        or _tracing() is not None
-        or _dispatch_modes()
-        or _function_modes()
-        or _is_profiled()
     )
 
 

@@ -202,10 +202,15 @@ def restore(model: _Model) -> _Model:
     Returns:
         the same ``model``; layers that were built as rnnfast's stay
 
+    Raises:
+        TypeError: if ``model`` is no :class:`torch.nn.Module`
+
     Example::
 
         >>> rnnfast.restore(rnnfast.accelerate(model))
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"rnnfast: restore needs a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         if module.__dict__.get(_MARK, False) and type(module) in _PLAIN:
             for ours in (_MARK, "_frozen", "recompute"):

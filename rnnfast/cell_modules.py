@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _run
+from ._cast import refuse_input
 from ._signatures import Device, States
 from .cells import cell_spec
 
@@ -91,6 +92,8 @@ class LSTMCell(nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         """Run one step; see the class."""
+        if not isinstance(input, Tensor):
+            refuse_input(input)
         dims = input.dim()
         if dims not in (1, 2):
             _raise_rank("LSTMCell", "input", input)
@@ -99,9 +102,11 @@ class LSTMCell(nn.RNNCellBase):
             for k, state in enumerate(hx):
                 if state.dim() not in (1, 2):
                     _raise_rank("LSTMCell", f"hx[{k}]", state)
-            h, c = hx[0], hx[1]
-            if len(hx) != 2:
+            if dims == 2 and not isinstance(hx, (tuple, list)):
+                raise TypeError(f"rnnfast: hx must be a tuple (h, c), got {type(hx).__name__}")
+            if len(hx) > 2 or (len(hx) < 2 and dims == 2):
                 raise RuntimeError("lstm_cell expects two hidden states")
+            h, c = hx[0], hx[1]
         if dims == 2:
             h, c = _run.cell(_LSTM, input, h, c, *_weights(self))
             return h, c.squeeze(0)
@@ -117,6 +122,8 @@ class _OneStateCell(nn.RNNCellBase):
         def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
 
     def _step(self, who: str, spec: Any, input: Tensor, hx: Tensor | None) -> Tensor:
+        if not isinstance(input, Tensor):
+            refuse_input(input)
         dims = input.dim()
         if dims not in (1, 2):
             _raise_rank(who, "input", input)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 import torch
@@ -110,6 +110,10 @@ class EngineScope:
             set_wish(before)
 
 
+def _is_among(name: object, names: Iterable[str | None]) -> bool:
+    return isinstance(name, str) and name in names  # not an array, which compares by element
+
+
 def use_engine(
     name: str,
     *,
@@ -157,12 +161,12 @@ def use_engine(
         >>> rnnfast.use_engine("auto")
     """
     global forced
-    if name not in _NAMES:
+    if not _is_among(name, _NAMES):
         raise RuntimeError(f"rnnfast: use_engine needs one of {', '.join(_NAMES)}, got {name!r}")
     kernels = ("auto", *KERNELS, *_cuda.KERNELS)
-    if kernel is not None and kernel not in kernels:
+    if kernel is not None and not _is_among(kernel, kernels):
         raise RuntimeError(f"rnnfast: kernel must be one of {', '.join(kernels)}, got {kernel!r}")
-    on_cuda = kernel in _cuda.KERNELS or (kernel == "auto" and name == "cuda")
+    on_cuda = _is_among(kernel, _cuda.KERNELS) or (kernel == "auto" and name == "cuda")
     cpu_options = not (isa is None and (kernel is None or on_cuda) and split is None)
     cuda_options = launch is not None or on_cuda
     if name == "reference" and (cpu_options or cuda_options):
@@ -177,16 +181,16 @@ def use_engine(
         raise RuntimeError(
             "rnnfast: launch and the kernels step and onchip are the CUDA engine's, not cpu's"
         )
-    if launch not in (None, "auto", *_cuda.LAUNCHES):
+    if launch is not None and not _is_among(launch, ("auto", *_cuda.LAUNCHES)):
         raise RuntimeError(
             f"rnnfast: launch must be auto, {' or '.join(_cuda.LAUNCHES)}, got {launch!r}"
         )
     missing = _cuda.why_not() if name == "cuda" or cuda_options else ""
     if missing:
         raise RuntimeError(f"rnnfast: the CUDA engine can't run here: {missing}")
-    if isa is not None and isa not in ISAS:
+    if isa is not None and not _is_among(isa, ISAS):
         raise RuntimeError(f"rnnfast: isa must be one of {', '.join(ISAS)}, got {isa!r}")
-    if split is not None and split not in SPLITS:
+    if split is not None and not _is_among(split, SPLITS):
         raise RuntimeError(f"rnnfast: split must be one of {', '.join(SPLITS)}, got {split!r}")
     if isa is not None and isa not in available_isas():
         raise RuntimeError(

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _cuda, engine
-from ._checks import DTYPES
+from ._checks import DTYPES, check_dense
 from ._layer import spec_of
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .cells import CellSpec, cell_spec
@@ -238,6 +238,26 @@ def _row(
     return Row(name, shape, "cpu", ran, threads, split, kernel, reason)
 
 
+def _check_sizes(layer: nn.Module, x: Any, seq_len: Any, batch: Any) -> None:
+    """Of what a layer alone is asked about: it is not run, and says nothing itself."""
+    for size, found in (("seq_len", seq_len), ("batch", batch)):
+        if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+            raise RuntimeError(f"rnnfast: {size} of explain must be an int >= 0, got {found!r}")
+    if x is None or isinstance(x, PackedSequence):
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            "rnnfast: x of explain must be a tensor or a PackedSequence, got " + type(x).__name__
+        )
+    check_dense(x, "x of explain")
+    dims = (1, 2) if isinstance(layer, nn.RNNCellBase) else (2, 3)
+    if x.dim() not in dims:
+        raise ValueError(
+            f"rnnfast: x of explain must have {dims[0]} or {dims[1]} dimensions for "
+            f"{type(layer).__name__}, got {x.dim()}"
+        )
+
+
 def _layer_rows(name: str, module: nn.Module, x: Any, seq_len: int, batch: int) -> list[Row]:
     quantized = isinstance(module, Quantized)
     tensors = module.buffers if quantized else module.parameters
@@ -352,7 +372,8 @@ def explain(
         :class:`Explanation`: ``rows``, one for each layer and direction; printing it gives a table
 
     Raises:
-        RuntimeError: for an unknown cell, or a cell's name without its sizes
+        RuntimeError: for an unknown cell, a cell's name without its sizes, or sizes below 0
+        TypeError: if ``what`` is neither a module nor a name, or a layer's ``x`` no input
 
     Example::
 
@@ -371,6 +392,11 @@ def explain(
         kept = "quantize()" if dtype == torch.int8 else ""
         where = torch.device(device)
         return Explanation([_row(spec.name, spec, sizes, dtype, where, train, kept)])
+    if not isinstance(what, nn.Module):
+        raise TypeError(
+            "rnnfast: explain needs a torch.nn.Module or the name of a cell, got "
+            f"{type(what).__name__}"
+        )
     layers: dict[str, nn.Module] = {
         name: module
         for name, module in what.named_modules()
@@ -380,6 +406,7 @@ def explain(
     if x is not None:
         # a layer tells its shapes by itself; only a model must be run to know them
         inputs = {"": x} if "" in layers else _inputs(what, layers, x)
+    _check_sizes(what, inputs.get(""), seq_len, batch)
     rows: list[Row] = []
     for name, module in layers.items():
         rows += _layer_rows(name, module, inputs.get(name), seq_len, batch)

@@ -8,13 +8,15 @@ torch.nn: for every layer and direction ``w_ih, w_hh, b_ih, b_hh, w_hr``, withou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _run
+from ._checks import check_dense
 from ._signatures import Input as Form
 from ._signatures import States
 from .cells import CellSpec, cell_spec
@@ -57,6 +59,7 @@ _LAYER_DOC = r"""{what}
         bidirectional: two directions, :math:`D = 2`
         reset: true at the first step of each new sequence, as :class:`rnnfast.LSTM` takes it
         lengths: valid steps of each row of padded input, as :class:`rnnfast.LSTM` takes them
+        recompute: {recompute}
 
     Shape:
         - input: :math:`(T, B, I)`, :math:`(B, T, I)` if ``batch_first``, :math:`(T, I)`, or packed
@@ -67,7 +70,8 @@ _LAYER_DOC = r"""{what}
 
     Raises:
         RuntimeError: a size, device or number of weights that does not fit
-        ValueError: an input of the wrong rank or dtype
+        ValueError: an input of the wrong rank or dtype, ``dropout`` outside of [0, 1]
+        TypeError: weights, hx or options of another type
 
     Example::
 
@@ -79,7 +83,7 @@ _CELL_DOC = r"""One step of {module}.
 
     Args:
         input: features of this step
-        hx: state before it{pair}
+        hx: state before it{pair}; ``None`` means zeros
         w_ih, w_hh: weights, gates in torch.nn's order
         b_ih, b_hh: biases, or ``None``
 
@@ -91,6 +95,7 @@ _CELL_DOC = r"""One step of {module}.
 
     Raises:
         RuntimeError: a size, dtype or device that does not fit
+        TypeError: what is no tensor
 
     Example::
 
@@ -100,6 +105,16 @@ _CELL_DOC = r"""One step of {module}.
         ...     x, {hx}, c.weight_ih, c.weight_hh, c.bias_ih, c.bias_hh
         ... )
     """
+
+
+def _check_options(num_layers: Any, bias: Any, dropout: Any) -> None:
+    """What torch.nn's layers refuse when they are made."""
+    if not isinstance(bias, bool):
+        raise TypeError(f"rnnfast: bias must be a bool, got {type(bias).__name__}")
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+        raise RuntimeError(f"rnnfast: num_layers must be an int >= 1, got {num_layers!r}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"rnnfast: dropout must be a number in [0, 1], got {dropout!r}")
 
 
 def _layer(
@@ -116,19 +131,31 @@ def _layer(
     training: bool,
     bidirectional: bool,
     lengths: Tensor | None,
+    recompute: bool,
 ) -> tuple[Any, Any]:
+    _check_options(num_layers, bias, dropout)
     count = num_layers * (2 if bidirectional else 1)
     each = 4 if bias else 2
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"rnnfast: weights must be a list of tensors, got {type(weights).__name__}")
+    weights = list(weights)
     proj = spec is _LSTM and len(weights) == count * (each + 1)
-    if num_layers < 1 or len(weights) != count * (each + proj):
+    if len(weights) != count * (each + proj):
         raise RuntimeError(
             f"rnnfast: weights must hold {each} tensors for each of {count} layers and directions "
             f"= {count * each}{' (one more each with w_hr)' if spec is _LSTM else ''}, "
             f"got {len(weights)}"
         )
-    w_ih = weights[0]
+    for k, w in enumerate(weights):
+        if not isinstance(w, Tensor):
+            raise TypeError(f"rnnfast: weights[{k}] must be a tensor, got {type(w).__name__}")
+        if w.layout is not torch.strided:
+            check_dense(w, f"weights[{k}]")
+    w_ih, w_hr = weights[0], weights[each] if proj else None
     if w_ih.dim() != 2:
         raise RuntimeError(f"rnnfast: w_ih must have shape (G*H, I), got {tuple(w_ih.shape)}")
+    if w_hr is not None and w_hr.dim() != 2:
+        raise RuntimeError(f"rnnfast: w_hr must have shape (P, H), got {tuple(w_hr.shape)}")
     return _run.layer(
         name,
         spec,
@@ -138,7 +165,7 @@ def _layer(
         weights,
         w_ih.size(1),
         w_ih.size(0) // spec.gates,
-        weights[each].size(0) if proj else 0,
+        0 if w_hr is None else w_hr.size(0),
         num_layers,
         bias,
         batch_first,
@@ -146,6 +173,7 @@ def _layer(
         bidirectional,
         None,
         lengths,
+        recompute,
     )
 
 
@@ -162,12 +190,13 @@ def lstm(
     bidirectional: bool = False,
     reset: Input | None = None,
     lengths: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Form, States]:
-    if hx is not None and not isinstance(hx, Tensor) and len(hx) != 2:
+    if isinstance(hx, (tuple, list)) and len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
     return _layer(
         "LSTM", _LSTM, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional, lengths,
+        training, bidirectional, lengths, recompute,
     )  # fmt: skip
 
 
@@ -184,10 +213,11 @@ def gru(
     bidirectional: bool = False,
     reset: Input | None = None,
     lengths: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Form, Tensor]:
     return _layer(
         "GRU", _GRU, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional, lengths,
+        training, bidirectional, lengths, recompute,
     )  # fmt: skip
 
 
@@ -204,10 +234,11 @@ def rnn_tanh(
     bidirectional: bool = False,
     reset: Input | None = None,
     lengths: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Form, Tensor]:
     return _layer(
         "RNN", _RNN_TANH, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional, lengths,
+        training, bidirectional, lengths, recompute,
     )  # fmt: skip
 
 
@@ -224,10 +255,11 @@ def rnn_relu(
     bidirectional: bool = False,
     reset: Input | None = None,
     lengths: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Form, Tensor]:
     return _layer(
         "RNN", _RNN_RELU, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional, lengths,
+        training, bidirectional, lengths, recompute,
     )  # fmt: skip
 
 
@@ -244,10 +276,11 @@ def indrnn_tanh(
     bidirectional: bool = False,
     reset: Input | None = None,
     lengths: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Form, Tensor]:
     return _layer(
         "IndRNN", _INDRNN_TANH, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional, lengths,
+        training, bidirectional, lengths, recompute,
     )  # fmt: skip
 
 
@@ -264,62 +297,98 @@ def indrnn_relu(
     bidirectional: bool = False,
     reset: Input | None = None,
     lengths: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Form, Tensor]:
     return _layer(
         "IndRNN", _INDRNN_RELU, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional, lengths,
+        training, bidirectional, lengths, recompute,
     )  # fmt: skip
+
+
+_ONE_STATE = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
+_TWO_STATES = ("input", "hx[0]", "hx[1]", "w_ih", "w_hh", "b_ih", "b_hh")
+_MAY_BE_NONE = ("hx", "b_ih", "b_hh")
+
+
+def _check_tensors(names: tuple[str, ...], *tensors: Any) -> None:
+    for tensor, name in zip(tensors, names, strict=True):
+        if not isinstance(tensor, Tensor):
+            if tensor is None and name in _MAY_BE_NONE:
+                continue
+            raise TypeError(f"rnnfast: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            check_dense(tensor, name)
+        if name.startswith("w") and tensor.dim() != 2:
+            letters = "(G*H, I)" if name == "w_ih" else "(G*H, H)"
+            raise RuntimeError(
+                f"rnnfast: {name} must have shape {letters}, got {tuple(tensor.shape)}"
+            )
 
 
 def lstm_cell(
     input: Tensor,
-    hx: States | Sequence[Tensor],
+    hx: States | Sequence[Tensor] | None,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> States:
-    if len(hx) != 2:
+    if not isinstance(hx, (tuple, list)) and hx is not None:
+        raise TypeError(f"rnnfast: hx must be a tuple (h, c), got {type(hx).__name__}")
+    if hx is not None and len(hx) != 2:
         raise RuntimeError("lstm_cell expects two hidden states")
-    h, c = _run.cell(_LSTM, input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh)
+    if hx is None:
+        _check_tensors(_ONE_STATE, input, hx, w_ih, w_hh, b_ih, b_hh)
+        h, c = _run.cell(_LSTM, input, None, None, w_ih, w_hh, b_ih, b_hh)
+    else:
+        _check_tensors(_TWO_STATES, input, *hx, w_ih, w_hh, b_ih, b_hh)
+        h, c = _run.cell(_LSTM, input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh)
     return h, c.squeeze(0)
 
 
 def gru_cell(
     input: Tensor,
-    hx: Tensor,
+    hx: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> Tensor:
+    _check_tensors(_ONE_STATE, input, hx, w_ih, w_hh, b_ih, b_hh)
     return _run.cell(_GRU, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
 def rnn_tanh_cell(
     input: Tensor,
-    hx: Tensor,
+    hx: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> Tensor:
+    _check_tensors(_ONE_STATE, input, hx, w_ih, w_hh, b_ih, b_hh)
     return _run.cell(_RNN_TANH, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
 def rnn_relu_cell(
     input: Tensor,
-    hx: Tensor,
+    hx: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> Tensor:
+    _check_tensors(_ONE_STATE, input, hx, w_ih, w_hh, b_ih, b_hh)
     return _run.cell(_RNN_RELU, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
 _RNN_EQUATION = ":math:`h_t = {act}(W_{{ih}} x_t + b_{{ih}} + W_{{hh}} h_{{t-1}} + b_{{hh}})`"
 _INDRNN_EQUATION = ":math:`h_t = {act}(W_{{ih}} x_t + b_{{ih}} + u \\odot h_{{t-1}} + b_{{hh}})`"
+_RECOMPUTE = (
+    "keep only the states every 64 steps for backward, and compute what lies between\n"
+    "            anew there"
+)
+_NOTHING_KEPT = "taken, and changes nothing: nothing is kept beyond input and output"
 _DOCS: tuple[tuple[Any, str, str, str], ...] = (
     (
         lstm,
@@ -370,6 +439,7 @@ for _function, _module, _what, _equation in _DOCS:
         projection="; with a projection h_0 has proj_size features" if _two else "",
         out="(h_n, c_n)" if _two else "h_n",
         out_names="(h_n, c_n)" if _two else "h_n",
+        recompute=_RECOMPUTE if cell_spec(_function.__name__).saved else _NOTHING_KEPT,
     )
 for _function, _module, _gates in (
     (lstm_cell, "LSTMCell", "4"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 
+from ._cast import refuse_input
 from ._layer import spec_of
 from .modules import GRU, LSTM, RNN, IndRNN
 
@@ -29,8 +30,17 @@ class _Lazy(LazyModuleMixin):
         return [name for name in self._flat_weights_names if name.startswith("weight_ih_l0")]
 
     def initialize_parameters(self: Any, input: Any, *args: Any, **kwargs: Any) -> None:
-        """Make and draw the weights of the input; all others stay what they are."""
+        """Make and draw the weights of the input; all others stay what they are.
+
+        Args:
+            input: the first that the layer is called with
+        """
         x = input.data if isinstance(input, PackedSequence) else input
+        if not isinstance(x, Tensor):
+            refuse_input(x)
+        if x.dim() == 0:
+            name = type(self).__name__
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got 0D instead")
         bound = 1.0 / math.sqrt(self.hidden_size)
         for name in self._of_input():
             w = getattr(self, name)

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from . import _functorch, _run, _step, engine, ops
 from ._checks import DTYPES
 from ._layer import spec_of
+from ._modes import is_transformed, transforms_active
 from ._step_plan import StepPlan
 from .modules import GRU, LSTM, RNN, IndRNN
 
@@ -68,6 +68,19 @@ class Quantized(nn.Module):
                 kept = w.detach().to("cpu", torch.float32)
                 self.register_buffer(name, kept.clone() if kept is w.detach() else kept)
         self.train(False)
+
+    @property
+    def recompute(self) -> bool:
+        """False: nothing is kept for backward where there is none."""
+        return False
+
+    @recompute.setter
+    def recompute(self, recompute: bool) -> None:
+        if recompute is not False:
+            raise RuntimeError(
+                "rnnfast: recompute is about what training keeps for backward, and a quantized "
+                f"layer gives no gradients; it must be False, got {recompute!r}"
+            )
 
     def _is_matrix(self, name: str) -> bool:
         return name.startswith(("weight_ih", "weight_hr")) or (
@@ -133,13 +146,9 @@ class Quantized(nn.Module):
 
     def _current(self) -> tuple[list[Tensor], list[Tensor] | None]:
         """Weights and packed bytes of this call; the reference computes with weights."""
-        if torch._C._are_functorch_transforms_active() and _functorch.is_differentiated():
+        if transforms_active() and _functorch.is_differentiated():
             ops.refuse_packed(self._pack()[0])
-        if (
-            engine.forced == "reference"
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-        ):
+        if engine.forced == "reference" or is_transformed():
             return self.dequantized(), None
         if torch.compiler.is_compiling():  # a graph would take views kept here for inputs
             return self._shapes(), self._pack()
@@ -200,19 +209,19 @@ class Quantized(nn.Module):
 
 
 class QuantizedLSTM(Quantized):
-    """:class:`rnnfast.LSTM` with int8 weights, inference only; see :func:`rnnfast.quantize`."""
+    """A :class:`rnnfast.LSTM` with int8 weights, inference only; see :func:`rnnfast.quantize`."""
 
 
 class QuantizedGRU(Quantized):
-    """:class:`rnnfast.GRU` with int8 weights, inference only; see :func:`rnnfast.quantize`."""
+    """A :class:`rnnfast.GRU` with int8 weights, inference only; see :func:`rnnfast.quantize`."""
 
 
 class QuantizedRNN(Quantized):
-    """:class:`rnnfast.RNN` with int8 weights, inference only; see :func:`rnnfast.quantize`."""
+    """A :class:`rnnfast.RNN` with int8 weights, inference only; see :func:`rnnfast.quantize`."""
 
 
 class QuantizedIndRNN(Quantized):
-    """:class:`rnnfast.IndRNN` with int8 input weights, inference only; see
+    """A :class:`rnnfast.IndRNN` with int8 input weights, inference only; see
     :func:`rnnfast.quantize`."""
 
 
@@ -251,7 +260,8 @@ def quantize(model: _Model, *, exclude: Iterable[str] = ()) -> Any:
     replaced by the return value. Cells, subclasses and matrices of more than 65536 columns are left
     alone (the logger ``"rnnfast"`` tells). The weights can't be trained any more, and
     ``state_dict`` holds the bytes and scales. Input and states are float32 whatever the dtype of
-    the layer was; hooks of a swapped layer are lost.
+    the layer was; hooks of a swapped layer are lost, and so is ``recompute=True``, which is about
+    training.
 
     Args:
         model: a model, or a single layer
@@ -262,7 +272,7 @@ def quantize(model: _Model, *, exclude: Iterable[str] = ()) -> Any:
         the same ``model``, or the quantized layer if it is a single one
 
     Raises:
-        TypeError: if ``model`` is no :class:`torch.nn.Module`
+        TypeError: if ``model`` is no :class:`torch.nn.Module`, or ``exclude`` no list
         RuntimeError: if weights are not finite, or ``exclude`` names no module
 
     Example::
@@ -274,8 +284,11 @@ def quantize(model: _Model, *, exclude: Iterable[str] = ()) -> Any:
     if not isinstance(model, nn.Module):
         raise TypeError(f"rnnfast: quantize needs a torch.nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
-    names = [exclude] if isinstance(exclude, str) else list(exclude)
-    unknown = sorted(set(names) - set(modules))
+    names = [exclude] if isinstance(exclude, str) else exclude
+    if not isinstance(names, Iterable):
+        raise TypeError(f"rnnfast: exclude must be a list of names, got {type(exclude).__name__}")
+    names = list(names)
+    unknown = [name for name in names if not isinstance(name, str) or name not in modules]
     if unknown:
         raise RuntimeError(f"rnnfast: exclude must name modules of the model, got {unknown[0]!r}")
     left = {modules[name] for name in names}  # a tied layer stays under all its names

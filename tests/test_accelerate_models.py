@@ -55,7 +55,8 @@ class Deep(nn.Module):
     "accelerate and patched",
     "`accelerate` of nested modules, a layer in two places, a weight in two layers, in the middle "
     "of training",
-    torch_nn="-",
+    torch_nn="has none",
+    error="AttributeError.*accelerate",
 )
 def test_nested_and_tied(library: Any, device: torch.device) -> None:
     models = [Deep(device), Deep(device)]
@@ -119,7 +120,8 @@ def test_layers_whose_weights_a_hook_computes(kind: Any, first: bool, change: An
     "accelerate and patched",
     "parametrized layers (`weight_norm`, `orthogonal`): accelerate first, parametrize then; the "
     "other way round they are left alone, and the log says so",
-    torch_nn="-",
+    torch_nn="has none",
+    error="AttributeError.*accelerate",
 )
 def test_parametrized(library: Any, device: torch.device) -> None:
     plain = nn.GRU(5, 9, device=device)
@@ -158,7 +160,8 @@ def test_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
 @works.row(
     "accelerate and patched",
     "`accelerate` of a model without recurrent layers changes nothing at all",
-    torch_nn="-",
+    torch_nn="has none",
+    error="AttributeError.*accelerate",
 )
 def test_an_idle_pass(library: Any, device: torch.device) -> None:
     model = nn.Sequential(nn.Conv1d(3, 3, 1), nn.ModuleDict({"a": nn.Linear(3, 3)})).to(device)

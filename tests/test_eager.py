@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import rnnfast
-from rnnfast import ops
+from rnnfast import _modes
 
 f64 = torch.float64
 
 
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "is_eager", lambda args: False)
+    monkeypatch.setattr(_modes, "is_eager", lambda args: False)
 
 
 def gradients(layer: nn.Module, x: Tensor, **kwargs: Any) -> list[Tensor]:

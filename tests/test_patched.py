@@ -132,10 +132,11 @@ def test_a_model_of_somebody_else(library: str) -> None:
     "accelerate and patched",
     "`with rnnfast.patched():` code that builds or derives from `torch.nn.LSTM`, `GRU`, `RNN` and "
     "the cells gets rnnfast's",
-    torch_nn="-",
+    torch_nn="has none",
+    error="AttributeError.*patched",
 )
 def test_layers_built_within(library: Any, device: torch.device) -> None:
-    with rnnfast.patched():
+    with library.patched():
 
         class Mine(nn.LSTM):
             def forward(self, input: Tensor, hx: Any = None) -> Any:

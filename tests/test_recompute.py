@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import rnnfast
-from rnnfast import _recompute, ops
+from bench.recompute import kept_bytes
+from rnnfast import _modes, _recompute, ops
 
 f64 = torch.float64
 close = {"rtol": 1e-9, "atol": 1e-11}
@@ -32,20 +33,9 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
         monkeypatch.setattr(_recompute, "EVERY", 2)
 
 
-def kept_bytes(run: Callable[[], Any], *known: Tensor) -> int:
-    """What autograd keeps of a call beyond these tensors, its parameters and its results."""
-    found: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        results = leaves_of(run())
-    for tensor in (*known, *results):
-        found.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(found.values())
+def kept_beyond(layer: Any, x: Tensor) -> int:
+    """Bytes that autograd keeps of a call beyond its input, weights and results."""
+    return kept_bytes(lambda: leaves_of(layer(x)), x, *layer.parameters())
 
 
 # --------------------------------------------------------------------------- rows of the table
@@ -65,7 +55,7 @@ def test_kept_bytes(library: Any, device: torch.device) -> None:
             options = {"recompute": True} if recompute else {}
             layer = getattr(library, name)(32, 32, device=device, **options)
             x = torch.randn(4096, 4, 32, device=device, requires_grad=True)
-            kept.append(kept_bytes(lambda one=layer, z=x: one(z), x, *layer.parameters()))
+            kept.append(kept_beyond(layer, x))
         assert kept[0] * 4 <= kept[1], (name, kept)
 
 
@@ -94,11 +84,27 @@ def test_the_same_numbers(library: Any, device: torch.device) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def has_no_effect(library: Any, device: torch.device) -> None:
+    """torch.nn's layers keep what they kept, and run what they ran."""
+    for kind in works.kinds(library):
+        layer = getattr(library, kind)(5, 9, device=device)
+        x = torch.randn(40, 3, 5, device=device, requires_grad=True)
+        found = []
+        for recompute in (False, True):
+            layer.recompute = recompute
+            y = layer(x)[0]
+            grads = torch.autograd.grad(y.square().sum(), layer.parameters())
+            numbers = [t.detach().tolist() for t in (y, *grads)]
+            found.append((kept_beyond(layer, x), type(y.grad_fn), repr(layer), numbers))
+        assert found[0] == found[1]
+
+
 @works.row(
     "Memory",
     "`recompute=True` on a layer that is there already, `accelerate`d ones included; copied, "
     "pickled",
     torch_nn="an attribute without effect",
+    theirs=has_no_effect,
 )
 def test_attribute(library: Any, device: torch.device) -> None:
     model = nn.Sequential(nn.GRU(5, 9, device=device))
@@ -181,7 +187,7 @@ SMALL = [
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradcheck(case: Case, registered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if registered:
-        monkeypatch.setattr(ops, "is_eager", lambda args: False)
+        monkeypatch.setattr(_modes, "is_eager", lambda args: False)
     function, tensors = as_function(case)
     assert gradcheck(function, tensors, fast_mode=registered)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 import tolerance
 import torch
 from test_modules import leaves_of
-from test_recompute import close, f64, kept_bytes, short_chunks  # noqa: F401
+from test_recompute import close, f64, kept_beyond, short_chunks  # noqa: F401
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import rnnfast
+from rnnfast import _recompute, functional, ops
 
 LAYERS: dict[str, Callable[..., Any]] = {
     "LSTM": lambda **k: rnnfast.LSTM(5, 9, 2, bidirectional=True, dropout=0.4, **k),
@@ -111,6 +113,73 @@ def test_autocast(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.03 * float(b.abs().max()))
 
 
+Call = tuple[str, int, bool]  # the operator, rows, whether forward saves what backward reads
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """The engines' calls from now on: of forward, of backward, and weights that are packed."""
+    calls: list[Call] = []
+    forward, backward, pack = ops.forward, ops.backward, ops.pack
+
+    def rows_of(x: Tensor) -> int:
+        return x.numel() // x.shape[-1]
+
+    def look_forward(*args: Any) -> Any:
+        calls.append(("forward", rows_of(args[0]), args[13]))
+        return forward(*args)
+
+    def look_backward(*args: Any) -> Any:
+        calls.append(("backward", rows_of(args[3]), False))
+        return backward(*args)
+
+    def look_pack(*args: Any) -> Any:
+        calls.append(("pack", 0, False))
+        return pack(*args)
+
+    monkeypatch.setattr(ops, "forward", look_forward)
+    monkeypatch.setattr(ops, "backward", look_backward)
+    monkeypatch.setattr(ops, "pack", look_pack)
+    return calls
+
+
+@pytest.mark.parametrize("form", ["padded", "packed", "one chunk"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_each_step_runs_forward_twice_and_backward_once(
+    name: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound of the price that a machine's noise does not move: a step's backward multiplies
+    twice what its forward does, so (1 + 1 + 2) / (1 + 2) = 4/3 of a plain layer's arithmetic, and
+    the weights are packed twice, whatever T is."""
+    lengths = torch.tensor([7, 4, 2])
+    every, sizes = {  # steps of a chunk, and the rows of each
+        "padded": (2, [6, 6, 6, 3]),
+        "packed": (2, [6, 4, 2, 1]),
+        "one chunk": (7, [21]),
+    }[form]
+    x = torch.randn(7, 3, 5, requires_grad=True)
+    counted: list[list[Call]] = []
+    for recompute in (True, False):
+        layer = getattr(rnnfast, name)(5, 9, recompute=recompute)
+        given = pack_padded_sequence(x, lengths) if form == "packed" else x
+        with monkeypatch.context() as patch, rnnfast.use_engine("cpu", kernel="packed"):
+            patch.setattr(_recompute, "EVERY", every)
+            calls = watched(patch)
+            leaves_of(layer(given))[0].sum().backward()
+        counted.append([call for call in calls if call[0] != "pack"])
+        assert len(calls) - len(counted[-1]) == (2 if recompute else 0)
+    anew = [
+        call
+        for rows in reversed(sizes)
+        for call in (("forward", rows, True), ("backward", rows, False))
+    ]
+    assert counted[0] == [*(("forward", rows, False) for rows in sizes), *anew]
+    total = sum(sizes)
+    assert counted[1] == [("forward", total, True), ("backward", total, False)]
+    work = {"forward": 1, "backward": 2}
+    lean, plain = (sum(work[what] * rows for what, rows, _ in calls) for calls in counted)
+    assert lean * 3 == plain * 4
+
+
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("name", ["RNN", "IndRNN"])
 def test_cells_that_keep_nothing_are_left_alone(name: str, kept: bool) -> None:
@@ -120,7 +189,7 @@ def test_cells_that_keep_nothing_are_left_alone(name: str, kept: bool) -> None:
     assert "Recompute" not in type(y.grad_fn).__name__
     if layer.num_layers == 1:
         # an empty tensor may have any address
-        assert kept_bytes(lambda: layer(x), x, *layer.parameters()) == 0
+        assert kept_beyond(layer, x) == 0
 
 
 def test_no_gradient_no_chunks() -> None:
@@ -264,3 +333,45 @@ def test_explain_says_one_by_one() -> None:
             for r in (False, True)
         )
     assert plain.split == "directions" and lean.split != "directions"
+
+
+@pytest.mark.parametrize("form", ["padded", "reset", "lengths", "packed"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh", "indrnn_relu"])
+def test_functions(name: str, form: str) -> None:
+    """The functions take the option, too, and give what the layers give."""
+    function = getattr(functional, name)
+    make = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "indrnn_relu": "IndRNN"}[name]
+    layer = getattr(rnnfast, make)(5, 9, 2, bidirectional=True, dtype=f64)
+    weights = list(layer.parameters())
+    x = torch.randn(7, 3, 5, dtype=f64, requires_grad=True)
+    lengths = torch.tensor([7, 4, 2])
+    given: dict[str, Any] = {"num_layers": 2, "bidirectional": True}
+    if form == "reset":
+        given["reset"] = torch.rand(7, 3) < 0.4
+    if form == "lengths":
+        given["lengths"] = lengths
+    found = []
+    for recompute in (True, False):
+        input = pack_padded_sequence(x, lengths) if form == "packed" else x
+        out = leaves_of(function(input, None, weights, recompute=recompute, **given))
+        found.append([*out, *torch.autograd.grad(sum(o.sum() for o in out), [x, *weights])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **close)
+    one = function(x, None, weights[: len(weights) // 4], recompute=True)[0]
+    assert type(one.grad_fn).__name__.startswith("_Recompute") == (name in ("lstm", "gru"))
+    with pytest.raises(TypeError, match="rnnfast: recompute of .* must be a bool, got int"):
+        function(x, None, weights, recompute=64, **given)
+
+
+def test_quantized_layers_have_nothing_to_recompute() -> None:
+    model = torch.nn.Sequential(rnnfast.LSTM(5, 9, recompute=True))
+    quantized = rnnfast.quantize(model)[0]
+    assert quantized.recompute is False and "recompute" not in repr(quantized)
+    quantized.recompute = False
+    for wanted in (True, 64):
+        with pytest.raises(RuntimeError, match="rnnfast: recompute is about what training keeps"):
+            quantized.recompute = wanted
+    twin = copy.deepcopy(quantized)
+    assert twin.recompute is False
+    x = torch.randn(4, 3, 5)
+    assert tolerance.same_bits(twin(x)[0], quantized(x)[0])

@@ -28,21 +28,43 @@ LAYERS = {
 }
 
 
+def of_whole(library: Any, device: torch.device) -> list[tuple[str, Any, Tensor, Any]]:
+    """Layers, an input, and what the layer makes of it in one call."""
+    found = []
+    for name in works.kinds(library):
+        layer = getattr(library, name)(5, 33, 2, device=device)
+        x = torch.randn(95, 8, 5, device=device)
+        found.append((name, layer, x, layer(x)))
+    return found
+
+
+def by_hand(library: Any, device: torch.device) -> None:
+    """torch.nn has no such function; its layers' states may be carried, by the helper too."""
+    assert not hasattr(library, "truncated")
+    for name, layer, x, (want, _) in of_whole(library, device):
+        state, ys = None, []
+        for chunk in x.split(20):
+            y, state = layer(chunk, state)
+            state = tuple(s.detach() for s in state) if name == "LSTM" else state.detach()
+            ys.append(y)
+        torch.testing.assert_close(torch.cat(ys), want, rtol=1e-4, atol=1e-5)
+        helped = [y for y, _ in rnnfast.truncated(layer, x, steps=20)]
+        assert all(torch.equal(a, b) for a, b in zip(helped, ys, strict=True))
+
+
 @works.row(
     "Memory",
     "truncated backpropagation through time, `rnnfast.truncated`: forward bit for bit that of the "
     "whole sequence in float32 (CPU, chunks of 80 rows or more)",
     torch_nn="by hand; the helper takes its layers, too",
+    theirs=by_hand,
 )
 def test_forward_is_that_of_the_whole(library: Any, device: torch.device) -> None:
-    for name in ("LSTM", "GRU", "RNN"):
-        layer = getattr(library, name)(5, 33, 2, device=device)
-        x = torch.randn(95, 8, 5, device=device)
-        want, state = layer(x)
-        pairs = list(rnnfast.truncated(layer, x, steps=20))
+    for _, layer, x, (want, state) in of_whole(library, device):
+        pairs = list(library.truncated(layer, x, steps=20))
         got = torch.cat([output for output, _ in pairs])
         for a, b in zip(leaves_of((got, pairs[-1][1])), leaves_of((want, state)), strict=True):
-            if library is rnnfast and device.type == "cpu":
+            if device.type == "cpu":
                 assert tolerance.same_bits(a.detach(), b.detach())
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -133,6 +155,39 @@ def test_recompute_inside() -> None:
     torch.testing.assert_close(got, layer(x)[0])
 
 
+@pytest.mark.parametrize("kept", ["frozen", "quantized"])
+@pytest.mark.parametrize("name", ["LSTM", "LSTM proj", "GRU", "RNN", "IndRNN"])
+def test_layers_for_inference(name: str, kept: str) -> None:
+    """Bit for bit, with chunks of one row, too."""
+    made = LAYERS[name]()
+    layer = rnnfast.quantize(made) if kept == "quantized" else made.eval().freeze()
+    time = 1 if layer.batch_first else 0
+    x = torch.randn((3, 50, 5) if time else (50, 3, 5))
+    reset = torch.rand(x.shape[:-1]) < 0.1
+    with torch.inference_mode():
+        _, start = layer(x)
+        for batch, given in ((3, start), (1, None)):
+            z, now = x.narrow(1 - time, 0, batch), reset.narrow(1 - time, 0, batch)
+            want, state = layer(z, given, now)
+            for steps in (1, 7, 64):
+                pairs = list(rnnfast.truncated(layer, z, given, steps=steps, reset=now))
+                got = torch.cat([output for output, _ in pairs], time)
+                for a, b in zip(
+                    leaves_of((got, pairs[-1][1])), leaves_of((want, state)), strict=True
+                ):
+                    assert tolerance.same_bits(a, b)
+    with pytest.raises(RuntimeError, match="frozen or quantized layer gives no gradients"):
+        next(rnnfast.truncated(layer, x.requires_grad_(), steps=7))
+
+
+def test_a_chunk_is_cut_when_it_is_asked_for() -> None:
+    """A list of 2**31 chunks would not fit."""
+    layer = rnnfast.GRU(5, 9)
+    x = torch.zeros(1).expand(2**31, 2, 5)
+    chunks = rnnfast.truncated(layer, x, steps=1)
+    assert [next(chunks)[0].shape for _ in range(2)] == [(1, 2, 9)] * 2
+
+
 def test_errors() -> None:
     layer, x = rnnfast.GRU(5, 9), torch.randn(6, 2, 5)
     refused = [
@@ -144,6 +199,8 @@ def test_errors() -> None:
         (RuntimeError, "steps of truncated goes with one tensor, got an input of type list"),
         (RuntimeError, "reset of truncated goes with one tensor, got an input of type tuple"),
         (RuntimeError, "without the features = (6, 2), got (6,)"),
+        (TypeError, "a tensor or an iterable of chunks, got NoneType"),
+        (NotImplementedError, "input of truncated must be a dense tensor (torch.strided), got"),
     ]
     calls = [
         lambda: rnnfast.truncated(nn.Linear(5, 9), x, steps=2),  # type: ignore[arg-type]
@@ -154,6 +211,8 @@ def test_errors() -> None:
         lambda: rnnfast.truncated(layer, [x, x], steps=2),
         lambda: rnnfast.truncated(layer, (x, x), reset=x[..., 0] > 0),
         lambda: next(rnnfast.truncated(layer, x, steps=2, reset=x[:, 0, 0] > 0)),
+        lambda: rnnfast.truncated(layer, None),  # type: ignore[arg-type]
+        lambda: rnnfast.truncated(layer, x.to_sparse(), steps=2),
     ]
     for call, (kind, text) in zip(calls, refused, strict=True):
         with pytest.raises(kind) as raised:

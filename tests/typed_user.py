@@ -49,12 +49,13 @@ weights = lstm.all_weights[0]
 assert_type(rnnfast.functional.lstm(x, (x, x), weights, bidirectional=True), tuple[Tensor, States])
 assert_type(rnnfast.functional.gru(packed, None, weights), tuple[PackedSequence, Tensor])
 assert_type(rnnfast.functional.rnn_tanh(x, None, weights), tuple[Tensor, Tensor])
+assert_type(rnnfast.functional.gru(x, None, weights, recompute=True), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.rnn_relu(x, None, weights), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.indrnn_tanh(x, None, weights), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.indrnn_relu(x, None, weights), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.lstm_cell(x, (x, x), x, x), States)
 assert_type(rnnfast.functional.gru_cell(x, x, x, x, x, x), Tensor)
-assert_type(rnnfast.functional.rnn_tanh_cell(x, x, x, x), Tensor)
+assert_type(rnnfast.functional.rnn_tanh_cell(x, None, x, x), Tensor)
 assert_type(rnnfast.functional.rnn_relu_cell(x, x, x, x), Tensor)
 
 
@@ -78,6 +79,10 @@ kinds: tuple[type[nn.Module], ...] = (
 # streams
 for output, _state in rnnfast.truncated(lstm, x, steps=2):
     assert_type(output, Tensor)
+bytes_only: rnnfast.QuantizedLSTM = rnnfast.quantize(lstm)
+assert_type(bytes_only.recompute, bool)
+for output, _state in rnnfast.truncated(bytes_only, x, steps=2):
+    assert_type(output, Tensor)
 for output, _state in rnnfast.truncated(nn.GRU(10, 20), [x, x]):
     loss: Tensor = output.sum()
 
@@ -99,3 +104,5 @@ gru(x, (x, x))  # type: ignore[arg-type]
 print(lstm(x)[1].shape)  # type: ignore[attr-defined]
 rnnfast.accelerate(3)  # type: ignore[type-var]
 rnnfast.truncated(lstm, x, 5, steps="2")  # type: ignore[arg-type]
+rnnfast.truncated(nn.Linear(10, 20), x)  # type: ignore[arg-type]
+rnnfast.functional.gru(x, None, weights, recompute=64)  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
 """The table "what works where", docs/works.md: each row is a test, and the test is the row.
 
 A row's check gets a namespace of layers and a device, and fails where the feature does. It must
-pass with rnnfast; with torch.nn it must pass too, or raise what the row says. ``python
-tests/works.py`` writes the page, and test_works.py fails where the page and the rows differ.
+pass with rnnfast; what the row says of torch.nn runs, too: the check passes, or raises what the row
+says, or torch.nn has a check of its own. ``python tests/works.py`` writes the page, and
+test_works.py fails where the page and the rows differ.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ FILES: tuple[str, ...] = (
     "test_training",
     "test_distributed",
     "test_module_life",
+    "test_lazy",
     "test_recompute",
     "test_truncated",
     "test_accelerate_models",
@@ -39,6 +42,17 @@ FILES: tuple[str, ...] = (
     "test_onnx_export",
 )
 Check = Callable[[Any, torch.device], None]
+KINDS = ("LSTM", "GRU", "RNN")
+
+
+def kinds(library: Any) -> list[str]:
+    """Of layers, those that a namespace has: all, or the one that a row looks at alone."""
+    return [kind for kind in KINDS if hasattr(library, kind)]
+
+
+def every_kind(error: str) -> dict[str, str]:
+    """An error that torch.nn raises with each kind of layer."""
+    return dict.fromkeys(KINDS, error)
 
 
 @dataclass(frozen=True)
@@ -56,12 +70,34 @@ class Row:
 ROWS: list[Row] = []
 
 
+def _of_torch(
+    check: Check, torch_nn: str, error: str | Mapping[str, str], theirs: Check | None, cpu: bool
+) -> list[Any]:
+    """The runs that say of torch.nn what the row says."""
+    if theirs is not None:
+        return [pytest.param(theirs, nn, "cpu", "", id="torch.nn")]
+    if isinstance(error, Mapping):
+        assert error.keys() <= set(KINDS)
+        alone = {kind: SimpleNamespace(**{kind: getattr(nn, kind)}) for kind in KINDS}
+        return [
+            pytest.param(check, one, "cpu", error.get(kind, ""), id=f"torch.nn.{kind}")
+            for kind, one in alone.items()
+        ]
+    if error:
+        return [pytest.param(check, nn, "cpu", error, id="torch.nn")]
+    assert torch_nn == ("yes" if cpu else "yes, on CUDA"), f"nobody asserts: torch.nn {torch_nn}"
+    if cpu:
+        return [pytest.param(check, nn, "cpu", "", id="torch.nn")]
+    return [pytest.param(check, nn, "cuda", "", id="torch.nn-cuda", marks=pytest.mark.cuda)]
+
+
 def row(
     section: str,
     feature: str,
     *,
     torch_nn: str = "yes",
-    error: str = "",
+    error: str | Mapping[str, str] = "",
+    theirs: Check | None = None,
     cuda: bool = True,
     cpu: bool = True,
 ) -> Callable[[Check], Any]:
@@ -70,29 +106,29 @@ def row(
     Args:
         section, feature: where and what, in Markdown
         torch_nn: "yes", or in a few words what torch.nn does instead
-        error: pattern of the error that torch.nn raises then; "" if torch.nn passes, or if there is
-            nothing to compare (then ``torch_nn`` says so and the check runs with rnnfast only)
+        error: pattern of the error that torch.nn raises then, or one for each kind of layer that
+            raises (the check takes :func:`kinds` of its namespace, and passes with the others)
+        theirs: what torch.nn must pass in place of the check, where its way is no error
         cuda, cpu: whether the check means anything on such a device
     """
 
     def decorate(check: Check) -> Any:
-        libraries = [pytest.param(rnnfast, "cpu", id="rnnfast")] if cpu else []
-        if cpu and (error or torch_nn == "yes"):
-            libraries.append(pytest.param(nn, "cpu", id="torch.nn"))
+        runs = [pytest.param(check, rnnfast, "cpu", "", id="rnnfast")] if cpu else []
+        runs += _of_torch(check, torch_nn, error, theirs, cpu)
         if cuda:
-            libraries.append(pytest.param(rnnfast, "cuda", id="cuda", marks=pytest.mark.cuda))
+            marks = pytest.mark.cuda
+            runs.append(pytest.param(check, rnnfast, "cuda", "", id="cuda", marks=marks))
 
-        @pytest.mark.parametrize(("library", "where"), libraries)
-        def test(library: Any, where: str) -> None:
-            if library is rnnfast or not error:
-                check(library, torch.device(where))
+        @pytest.mark.parametrize(("run", "library", "where", "raises"), runs)
+        def test(run: Check, library: Any, where: str, raises: str) -> None:
+            if not raises:
+                run(library, torch.device(where))
                 return
             with pytest.raises(Exception) as raised:
-                check(library, torch.device(where))
+                run(library, torch.device(where))
             said = f"{type(raised.value).__name__}: {raised.value}"
-            own = isinstance(raised.value, AssertionError) and "AssertionError" not in error
-            assert not own, f"the check failed, torch.nn did not raise: {said}"
-            assert re.search(error, said, re.DOTALL), said
+            assert not isinstance(raised.value, AssertionError), f"a check that failed: {said}"
+            assert re.search(raises, said, re.DOTALL), said
 
         test.__name__ = check.__name__
         test.__doc__ = check.__doc__ or feature
@@ -113,7 +149,7 @@ def page() -> str:
         "Written by `python tests/works.py` from the tests that stand behind each row; a test",
         "fails where this page and they differ. yes: the test passes. On CUDA devices the same",
         "tests run where there is one; none has run them yet. torch.nn is that of torch 2.13.0, on",
-        "the CPU; what it does there is tested with every row that says so.",
+        "the CPU; each row's words about it are a test, too.",
     ]
     order = {name: k for k, name in enumerate(FILES)}
     rows = sorted(ROWS, key=lambda r: order.get(r.test.split(".py")[0], len(order)))
