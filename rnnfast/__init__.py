@@ -17,6 +17,7 @@ from .explain import Explanation, explain
 from .lazy import LazyGRU, LazyIndRNN, LazyLSTM, LazyRNN
 from .modules import GRU, LSTM, RNN, IndRNN
 from .quantize import QuantizedGRU, QuantizedIndRNN, QuantizedLSTM, QuantizedRNN, quantize
+from .recurrent import Recurrent
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "QuantizedLSTM",
     "QuantizedRNN",
     "RNNCell",
+    "Recurrent",
     "__version__",
     "accelerate",
     "engines",

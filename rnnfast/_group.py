@@ -24,7 +24,9 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.library.register_fake("rnnfast::forward_group")
-def _(x: Tensor, tensors: Any, sizes: Any, cell: int, chained: bool, save: bool) -> list[Tensor]:
+def forward_group_fake(
+    x: Tensor, tensors: Any, sizes: Any, cell: int, chained: bool, save: bool
+) -> list[Tensor]:
     """For _stack.py, which looks into its operator with it."""
     outs: list[Tensor] = []
     for first in range(0, len(tensors), 9):

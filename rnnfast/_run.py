@@ -319,7 +319,8 @@ def layer(
         if hx is not None:
             if batch_sizes.dim() != 1 or batch_sizes.size(0) == 0:
                 check_batch_sizes(batch_sizes, x.size(0))  # has no first one, and raises
-            batch = int(batch_sizes[0])
+            if not torch.compiler.is_compiling():
+                batch = int(batch_sizes[0])
         dims = 2
         batched = True
         if x.dtype != dtype:
@@ -346,6 +347,8 @@ def layer(
     c0: Tensor | None = None
     if hx is not None:
         h0, c0 = _hx.take(hx, two_states, batched, batch_sizes is not None)
+        if batch_sizes is not None and torch.compiler.is_compiling() and h0.dim() == 3:
+            batch = h0.size(1)  # a graph has no batch_sizes yet: its operator compares them
     if x.dtype != dtype:
         x = match_input(x, weight, True)
     if x.dim() != dims:

@@ -8,14 +8,16 @@ direction, which ONNX and AOTInductor in C++ know.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import _group, _lengths, _passes, ops, reference
+from ._checks import has_values
 from ._modes import is_beyond_kernels, refuse_tangents, transforms_active
 from .cells import CELLS, CellSpec
 
@@ -26,7 +28,7 @@ _FORWARD = (
     "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
     "Tensor? reset, int cell, int num_layers, int directions, float dropout, bool save) -> Tensor[]"
 )
-# Gives the gradients of x, h0, c0 and each weight, empty where not needed.
+# Gives those gradients of x, h0, c0 and the weights that are needed.
 _BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, "
     "Tensor? batch_sizes, Tensor? lengths, Tensor? reset, Tensor y, Tensor[] kept, int cell, "
@@ -60,9 +62,7 @@ def _check(
     if lengths is not None:
         if batch_sizes is not None:
             _refuse("lengths are for padded x", "batch_sizes, too")
-        if x.dim() != 3:
-            _refuse("x must have shape (T, B, I)", tuple(x.shape))
-        _lengths._check_form(lengths, x.size(1))
+        _lengths._check_lengths(lengths, x)
 
 
 def _rows(lengths: Tensor | None, x: Tensor) -> _lengths.Rows | None:
@@ -137,10 +137,9 @@ def _forward_kernel(
         rows.pack(x), rows.sort(h0, 1), rows.sort(c0, 1), weights, rows.batch_sizes,
         rows.pack(reset), *numbers,
     )  # fmt: skip
-    for i, tensor in enumerate(saved):  # in a graph its size must not depend on lengths
-        saved[i] = tensor.new_empty((x.size(0) * x.size(1), *tensor.shape[1:]))
-        saved[i][: rows.count] = tensor
-        saved[i][rows.count :] = 0
+    if saved:  # in a graph its size must not depend on lengths
+        rest = saved[0].new_zeros((x.size(0) * x.size(1) - rows.count, *saved[0].shape[1:]))
+        saved = [torch.cat([tensor, rest]) for tensor in saved]
     kept = [*map(rows.pad, inner), *saved, *map(rows.pad, masks)]
     return [rows.pad(y), rows.unsort(h_n, 1), rows.unsort(c_n, 1), *kept]
 
@@ -172,14 +171,27 @@ def _halves(tensor: Tensor | None, directions: int) -> Sequence[Tensor | None]:
     return (None,) * directions if tensor is None else tensor.chunk(directions, -1)
 
 
-def _needs_of_passes(needs: Sequence[bool], places: Sequence[int]) -> list[list[bool]]:
-    """Which of the eight gradients of each pass are needed, without that of its x."""
-    found = []
-    for first in range(3, len(needs), len(places)):
-        found.append([False, *needs[1:3], *(False,) * 5])
-        for place, needed in zip(places, needs[first : first + len(places)], strict=True):
-            found[-1][place] = needed
-    return found
+class _Needs(NamedTuple):
+    lowest: int  # no layer below this one has anything to learn
+    masks: list[int]  # of each pass, as ``rnnfast::backward`` has it
+    places: list[list[int]]  # of the weights' gradients among the eight of each pass
+
+
+@functools.lru_cache(maxsize=1024)
+def _needs_of_passes(needs: tuple[bool, ...], num_layers: int, directions: int) -> _Needs:
+    """What `needs` of the operator is for the passes."""
+    count = num_layers * directions
+    each = (len(needs) - 3) // count
+    all_places = [place + 1 for place in _passes.weight_places(each)]  # after that of x
+    of_weights = [needs[3 + each * i : 3 + each * (i + 1)] for i in range(count)]
+    learning = (i for i, w in enumerate(of_weights) if any(needs[:3]) or any(w))
+    lowest = next(learning, count) // directions
+    places = [[p for p, n in zip(all_places, w, strict=True) if n] for w in of_weights]
+    masks = []
+    for i, chosen in enumerate(places):
+        below = needs[0] or i // directions > lowest
+        masks.append(ops.needs_mask([below, *needs[1:3], *(p in chosen for p in range(3, 8))]))
+    return _Needs(lowest, masks, places)
 
 
 def _backward(
@@ -204,12 +216,7 @@ def _backward(
     passes = _passes.split(weights, num_layers, directions, h0, c0, batch_sizes, reset)
     inner, saved, masks = _split_kept(kept, num_layers, directions)
     ys = [half for of_layer in (*inner, y) for half in _halves(of_layer, directions)]
-    # among the gradients of a pass, which begin with that of its x
-    places = [place + 1 for place in _passes.weight_places(len(weights) // len(passes))]
-    needed = _needs_of_passes(needs, places)
-    # no layer below this one has anything to learn
-    learning = (i for i, n in enumerate(needed) if needs[0] or any(n))
-    lowest = next(learning, len(passes)) // directions
+    lowest, masks_of_needs, places = _needs_of_passes(tuple(needs), num_layers, directions)
     at_once = _at_once(len(passes), directions, dropout)
     grads: list[Sequence[Tensor]] = [()] * len(passes)
     for first in reversed(range(lowest * directions, len(passes), at_once)):
@@ -217,29 +224,25 @@ def _backward(
         dys = [*(None,) * (end - first - directions), *_halves(dy, directions)]
         given: list[Tensor | None] = []
         for i in range(first, end):
-            needed[i][0] = needs[0] or i // directions > lowest
             dh = None if dh_n is None else dh_n[i]
             dc = None if dc_n is None else dc_n[i : i + 1]
             given += [*passes[i][:8], ys[i], saved[i], dys[i - first], dh, dc]
         entered = x if layer == 0 else inner[layer - 1]
         if layer > 0 and masks:
             entered = _drop(entered, masks[layer - 1], dropout)
-        masks_of_needs = [ops.needs_mask(n) for n in needed[first:end]]
         out = _group._backward_group(
-            entered, given, batch_sizes, cell, directions == 1, masks_of_needs
+            entered, given, batch_sizes, cell, directions == 1, masks_of_needs[first:end]
         )
         grads[first:end] = [out[k : k + 8] for k in range(0, len(out), 8)]
         dy = out[0] if directions == 1 else out[0] + out[8]
         if layer > lowest and masks:
             dy = _drop(dy, masks[layer - 1], dropout)
-    results = [
-        dy if needs[0] else None,
-        torch.stack([g[1] for g in grads]) if needs[1] else None,
-        torch.cat([g[2] for g in grads]) if needs[2] else None,
-    ]
-    for g, n in zip(grads, needed, strict=True):
-        results += [g[place] if n[place] else None for place in places]
-    return [x.new_empty(0) if g is None else g for g in results]
+    results = [dy] if needs[0] and dy is not None else []
+    if needs[1]:
+        results.append(torch.stack([g[1] for g in grads]))
+    if needs[2]:
+        results.append(torch.cat([g[2] for g in grads]))
+    return results + [g[place] for g, of_pass in zip(grads, places) for place in of_pass]
 
 
 def _backward_kernel(
@@ -262,9 +265,8 @@ def _backward_kernel(
     )  # fmt: skip
     if needs[0]:
         grads[0] = rows.pad(grads[0])
-    for k in (1, 2):
-        if needs[k]:
-            grads[k] = rows.unsort(grads[k], 1)
+    for k in range(needs[0], sum(needs[:3])):
+        grads[k] = rows.unsort(grads[k], 1)
     return grads
 
 
@@ -279,8 +281,8 @@ def _backward_fake(
         **{f"weights[{i}]": t for i, t in enumerate(weights)},
         **{f"kept[{i}]": t for i, t in enumerate(kept)},
     )  # fmt: skip
-    pairs = zip((x, h0, c0, *weights), needs, strict=True)
-    return [x.new_empty(tensor.shape if need else (0,)) for tensor, need in pairs]
+    wanted = itertools.compress((x, h0, c0, *weights), needs)
+    return [x.new_empty(tensor.shape) for tensor in wanted]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
@@ -305,10 +307,11 @@ def _formula(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     args = (*dout, x, h0, c0, weights, *rows, y, kept, *ctx.numbers, needs)
     compiling = torch.compiler.is_compiling()
     if not compiling and (torch.is_grad_enabled() or is_beyond_kernels(dout)):
-        found = _exact_backward(*args)
+        backward: Any = _exact_backward
     else:
-        found = (_backward_op if rows[1] is None else _backward_lengths_op)(*args)
-    result = [g if n else None for g, n in zip(found, needs, strict=True)]
+        backward = _backward_op if rows[1] is None else _backward_lengths_op
+    found = iter(backward(*args))
+    result = [next(found) if needed else None for needed in needs]
     return (*result[:3], result[3:], *none)
 
 
@@ -319,6 +322,11 @@ def _one_by_one(
     """The same as a function of x, h0, c0 and the weights with derivatives of any order: where
     gradients will be differentiated, or come in batches or with tangents."""
     masks = list(_split_kept(kept, num_layers, directions))[2]
+    if lengths is not None and not has_values(lengths):
+        raise RuntimeError(
+            "rnnfast: second derivatives of a layer with lengths can't be traced; take them "
+            "outside of torch.compile"
+        )
 
     def call(x: Tensor, h0: Any, c0: Any, *weights: Tensor) -> Any:
         rows = _rows(lengths, x)
@@ -350,24 +358,17 @@ def _exact_backward(
     dy: Any, dh_n: Any, dc_n: Any, x: Tensor, h0: Any, c0: Any, weights: Any, batch_sizes: Any,
     lengths: Any, reset: Any, y: Tensor, kept: Any, cell: int, num_layers: int, directions: int,
     dropout: float, needs: Sequence[bool],
-) -> list[Tensor | None]:  # fmt: skip
-    """The gradients by :func:`_one_by_one`, None where not needed."""
+) -> list[Tensor]:  # fmt: skip
+    """The gradients by :func:`_one_by_one`; also the compiled backward's under is_grads_batched."""
     run = _one_by_one(batch_sizes, lengths, reset, kept, cell, num_layers, directions, dropout)
-    return ops.vjp(run, (dy, dh_n, dc_n), (x, h0, c0, *weights), needs)
-
-
-def _backward_of_batches(*args: Any) -> list[Tensor]:
-    """Compiled backward under is_grads_batched."""
-    return [args[3].new_empty(0) if g is None else g for g in _exact_backward(*args)]
+    grads = ops.vjp(run, (dy, dh_n, dc_n), (x, h0, c0, *weights), needs)
+    return [g for g in grads if g is not None]
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
     ctx.set_materialize_grads(False)
     *dout, x, h0, c0, weights, batch_sizes, lengths, reset, y, kept = inputs[:12]
     ctx.numbers = inputs[12:]
-    ctx.mark_non_differentiable(
-        *(g for g, needed in zip(output, ctx.numbers[-1], strict=True) if not needed)
-    )
     ctx.save_for_backward(*dout, x, h0, c0, batch_sizes, lengths, reset, y, *weights, *kept)
 
 
@@ -394,7 +395,7 @@ def _define(name: str, schema: str, tags: Any, kernel: Any, fake: Any) -> Any:
         torch.library.register_autograd(name, _formula, setup_context=_setup)
     else:
         torch.library.register_autograd(name, _second_formula, setup_context=_backward_setup)
-        torch.library.impl(name, "Batched")(_backward_of_batches)
+        torch.library.impl(name, "Batched")(_exact_backward)
     return getattr(torch.ops.rnnfast, name.partition("::")[2]).default
 
 
@@ -403,20 +404,14 @@ def _define(name: str, schema: str, tags: Any, kernel: Any, fake: Any) -> Any:
 _DRAWS, _READS = (torch.Tag.nondeterministic_seeded,), (torch.Tag.cudagraph_unsafe,)
 # by whether there is dropout, and whether there are lengths
 _FORWARD_OPS = {
-    (False, False): _define("forward_stack", _FORWARD, (), _forward_kernel, _forward_fake),
-    (True, False): _define(
-        "forward_stack_dropout", _FORWARD, _DRAWS, _forward_kernel, _forward_fake
-    ),
-    (False, True): _define(
-        "forward_stack_lengths", _FORWARD, _READS, _forward_kernel, _forward_fake
-    ),
-    (True, True): _define(
-        "forward_stack_lengths_dropout",
+    (draws, reads): _define(
+        "forward_stack" + "_lengths" * reads + "_dropout" * draws,
         _FORWARD,
-        _DRAWS + _READS,
+        _DRAWS * draws + _READS * reads,
         _forward_kernel,
         _forward_fake,
-    ),
+    )
+    for draws, reads in itertools.product((False, True), repeat=2)
 }
 _backward_op = _define("backward_stack", _BACKWARD, (), _backward_kernel, _backward_fake)
 _backward_lengths_op = _define(

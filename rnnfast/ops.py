@@ -9,7 +9,7 @@ differentiated twice, right to any order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -306,8 +306,7 @@ def vjp(run: Any, dout: _Grads, args: _Grads, wanted: Sequence[bool]) -> list[Te
 
 def _vjp(run: Any, dout: Any, leaves: Any, wanted: Any, create_graph: bool) -> list[Tensor | None]:
     out = run(*leaves)
-    both = [(o, d) for o, d in zip(out, dout, strict=True) if o is not None and d is not None]
-    pairs = [(o, d) for o, d in both if o.requires_grad]
+    pairs = [(o, d) for o, d in zip(out, dout, strict=True) if d is not None and o.requires_grad]
     chosen = [leaf for leaf, n in zip(leaves, wanted, strict=True) if n]
     if not pairs or not chosen:
         pairs_wanted = zip(leaves, wanted, strict=True)
@@ -421,4 +420,26 @@ class RNNFast(torch.autograd.Function):
 torch.library.register_autograd("rnnfast::forward", forward_backward, setup_context=_forward_setup)
 torch.library.register_autograd(
     "rnnfast::backward", _backward_backward, setup_context=_backward_setup
+)
+
+
+def _no_derivative(ctx: Any, *_: Any) -> NoReturn:
+    raise RuntimeError(
+        "rnnfast: rnnfast::gate_gradients has no derivative; differentiate rnnfast::backward"
+    )
+
+
+def _sample_product_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    left, right, ctx.samples = inputs
+    ctx.save_for_backward(left, right)
+
+
+def _sample_product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    left, right = (t.unflatten(1, (ctx.samples, -1)) for t in ctx.saved_tensors)
+    return (right @ grad.mT).flatten(1, 2), (left @ grad).flatten(1, 2), None
+
+
+torch.library.register_autograd("rnnfast::gate_gradients", _no_derivative)
+torch.library.register_autograd(
+    "rnnfast::sample_product", _sample_product_backward, setup_context=_sample_product_setup
 )

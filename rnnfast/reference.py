@@ -140,7 +140,8 @@ def forward(
         if reset is not None:  # where() and no product: a NaN in the old state ends here
             h = torch.where(reset[t], 0, h)
             rest = tuple(torch.where(reset[t], 0, state) for state in rest)
-        gh = h * w_hh if spec.diagonal else h @ w_hh.t()
+        # expanded by hand: torch.func loses the level of an older pullback in a broadcast product
+        gh = h * w_hh.expand_as(h) if spec.diagonal else h @ w_hh.t()
         if b_hh is not None:
             gh = gh + b_hh
         new = cell_step(spec, gx[t], gh, (h, *rest))

@@ -43,7 +43,7 @@ NOT_FOR_IT = {
 def operators() -> Any:
     """torch.ops.rnnfast_on_host, with the derivatives of torch.ops.rnnfast."""
     import rnnfast
-    from rnnfast import _lengths, ops
+    from rnnfast import _group, _lengths, ops
 
     torch.ops.load_library(str(Path(rnnfast.__file__).with_name("_on_host.so")))
     for name, fake, backward, setup in (
@@ -59,6 +59,7 @@ def operators() -> Any:
     ):
         torch.library.register_fake(f"{LIBRARY}::{name}", fake)
         torch.library.register_autograd(f"{LIBRARY}::{name}", backward, setup_context=setup)
+    torch.library.register_fake(f"{LIBRARY}::forward_group", _group.forward_group_fake)
     return getattr(torch.ops, LIBRARY)
 
 

@@ -120,6 +120,8 @@ def assert_one_operator(graphs: Graphs, end: str = "", free: tuple[str, ...] = F
         ("GRU", 2, 1, "hx, reset", {"bias": False}),
         ("GRU", 1, 2, "lengths, reset", {}),
         ("GRU", 2, 2, "packed, reset", {}),
+        ("GRU", 2, 2, "hx, packed", {}),
+        ("LSTM", 2, 1, "hx, packed", {"proj_size": 2}),
         ("RNN", 2, 2, "hx, lengths", {"nonlinearity": "relu"}),
         ("RNN", 3, 1, "packed", {}),
         ("IndRNN", 3, 1, "hx, reset", {}),
@@ -412,12 +414,7 @@ def test_opcheck(layers: int, directions: int, form: str, dropout: float) -> Non
     backward = getattr(ops, f"backward_stack{end.removesuffix('_dropout')}").default
     some = [k % 3 == 0 for k in range(len(args[3]))]
     given = [plain[1] is not None] * 2
-    none = [False, False, False]
-    for needs in (
-        [True, *given, *[True] * len(some)],
-        [*none, *some],
-        [*none, *[False] * len(some)],
-    ):
+    for needs in ([True, *given, *[True] * len(some)], [False, False, False, *some]):
         args = [y, h_n, None, *plain[:7], y, kept, *plain[7:11], needs]
         torch.library.opcheck(backward, args)
 

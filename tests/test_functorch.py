@@ -304,3 +304,22 @@ def test_what_is_private_is_still_there() -> None:
     vmap(grad(f))(torch.ones(2, 3))
     jvp(f, (torch.ones(2),), (torch.ones(2),))
     assert seen == [["Vmap", "Grad"], ["Jvp"]]
+
+
+@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_jvp_of_an_older_pullback_of_the_weights(kind: str, bidirectional: bool) -> None:
+    """The transform begins after forward, so backward is the reference's, under two levels."""
+    layer = MAKE[kind](3, 4, bidirectional=bidirectional, dtype=f64)
+    x = torch.randn(3, 2, 3, dtype=f64)
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def run() -> Any:
+        y, pullback = vjp(lambda weights: functional_call(layer, weights, (x,))[0], weights)
+        (tangents,) = jvp(pullback, (y.cos(),), (y.sin(),))[1]
+        return list(tangents.values())
+
+    with rnnfast.use_engine("reference"):
+        expected = run()
+    for got, want in zip(run(), expected, strict=True):
+        torch.testing.assert_close(got, want)

@@ -156,6 +156,25 @@ def test_threads_do_not_change_a_bit(dtype: torch.dtype, isa: str) -> None:
         assert cases.is_taken(split, lambda: rounded.forward(problem, None))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_threads_whose_rows_have_all_ended(kind: str, dtype: torch.dtype, isa: str) -> None:
+    """Most rows end within the first chunk of steps: then most threads have nothing to do."""
+    layer = getattr(rnnfast, kind)(8, 24, dtype=dtype)
+    lengths = [300, 290, *[3] * 30]
+    packed = pack_sequence([torch.randn(n, 8, dtype=dtype) for n in lengths])
+
+    def run(threads: int) -> Tensor:
+        torch.set_num_threads(threads)
+        with torch.no_grad(), rnnfast.use_engine("cpu", isa=isa, split="batch"):
+            return layer(packed)[0].data
+
+    alone = run(1)
+    assert torch.equal(run(2), alone)
+    assert torch.equal(run(4), alone)
+
+
 # --------------------------------------------------------------------------- gradients
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from rounded import ISAS
@@ -72,8 +73,29 @@ def test_nothing_behind_the_operands_is_read(isa: str) -> None:
             assert torch.equal(found, sample_product(left, right, 3))
 
 
+def test_derivatives() -> None:
+    left, right, samples = operands((4, 3, 2, 5, 6), torch.float64)
+    args = (left.requires_grad_(), right.requires_grad_(), samples)
+    assert torch.autograd.gradcheck(sample_product, args)
+    assert torch.autograd.gradgradcheck(sample_product, args)
+
+
 def test_opcheck() -> None:
-    torch.library.opcheck(sample_product, operands((4, 3, 2, 10, 12), torch.float32))
+    left, right, samples = operands((4, 3, 2, 10, 12), torch.float32)
+    torch.library.opcheck(sample_product, (left, right.requires_grad_(), samples))
+
+
+def test_gate_gradients_have_no_derivative() -> None:
+    x, w_ih, w_hh = torch.randn(2, 3, 4), torch.randn(5, 4, requires_grad=True), torch.eye(5)
+    y, _, _, saved = torch.ops.rnnfast.forward(
+        x, None, None, w_ih, w_hh, *(None,) * 6, oracle.CELL_IDS["rnn_tanh"], False, True
+    )
+    gates = torch.ops.rnnfast.gate_gradients(
+        y, None, None, x, None, None, w_ih, w_hh, *(None,) * 5, y, saved,
+        oracle.CELL_IDS["rnn_tanh"], False,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="gate_gradients has no derivative"):
+        gates[0].sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ refuse (an ignore that is not needed is an error, too). Nothing here is run."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -43,6 +45,13 @@ def either(input: Tensor | PackedSequence) -> Tensor | PackedSequence:
 assert_type(rnnfast.LSTMCell(10, 20)(x[0]), States)
 assert_type(rnnfast.GRUCell(10, 20)(x[0], x[1]), Tensor)
 assert_type(rnnfast.RNNCell(10, 20, nonlinearity="relu")(x[0]), Tensor)
+
+# a layer of any cell, or of what makes one of layer and direction
+recurrent = rnnfast.Recurrent(nn.GRUCell(10, 20), batch_first=True)
+assert_type(recurrent(x, lengths=lengths), tuple[Any, Any])
+assert_type(recurrent.step(x[0]), tuple[Any, Any])
+made = rnnfast.Recurrent(lambda layer, direction: nn.GRUCell(10 if layer == 0 else 20, 20), 2)
+listed = rnnfast.Recurrent([nn.LSTMCell(10, 20), rnnfast.LSTMCell(20, 20)], num_layers=2)
 
 # functions
 weights = lstm.all_weights[0]
@@ -102,6 +111,7 @@ rnnfast.IndRNN(10, 20, proj_size=4)  # type: ignore[call-arg]
 lstm(x, x)  # type: ignore[arg-type]
 gru(x, (x, x))  # type: ignore[arg-type]
 print(lstm(x)[1].shape)  # type: ignore[attr-defined]
+rnnfast.Recurrent(3)  # type: ignore[arg-type]
 rnnfast.accelerate(3)  # type: ignore[type-var]
 rnnfast.truncated(lstm, x, 5, steps="2")  # type: ignore[arg-type]
 rnnfast.truncated(nn.Linear(10, 20), x)  # type: ignore[arg-type]

@@ -168,6 +168,7 @@ class ForwardPass {
 
   // gx = x . w_ih^T + b_ih for the chunk's steps, own rows and panels.
   void project_inputs(Range chunk) {
+    if (own_before_[chunk.size()] == 0) return;  // all of the own rows have ended
     if (inputs_in_place()) {
       for (int64_t p = mine_.panels.begin; p < mine_.panels.end; ++p) project_panel(p, chunk);
     } else if constexpr (converts_hidden<Format>) {
