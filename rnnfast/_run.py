@@ -348,7 +348,8 @@ def layer(
     if hx is not None:
         h0, c0 = _hx.take(hx, two_states, batched, batch_sizes is not None)
         if batch_sizes is not None and torch.compiler.is_compiling() and h0.dim() == 3:
-            batch = h0.size(1)  # a graph has no batch_sizes yet: its operator compares them
+            # a graph has no batch_sizes yet: its operator compares them with what it gets
+            batch = h0.size(1) if sorted_indices is None else sorted_indices.size(0)
     if x.dtype != dtype:
         x = match_input(x, weight, True)
     if x.dim() != dims:

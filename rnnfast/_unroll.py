@@ -33,7 +33,7 @@ def made(cell: Any, num_layers: int, directions: int) -> list[nn.Module]:
                 "of layer and direction, or a list of modules"
             )
         cells = [cell]
-    elif isinstance(cell, Iterable) and not isinstance(cell, type):
+    elif isinstance(cell, Iterable) and not isinstance(cell, (type, Tensor)):
         cells = list(cell)
     elif callable(cell) and not isinstance(cell, type):
         cells = [
@@ -109,16 +109,18 @@ class Cell:
     def initial_state(self, x: Any, batch: int) -> Any:
         """That of a sequence, of the input of one step; None if the cell has none."""
         module = self.module
-        if isinstance(module, OURS):
+        method = getattr(module, "initial_state", None)
+        if method is None and isinstance(module, OURS):
             if not isinstance(x, Tensor):
                 fail(f"input of {self.name} must be a tensor", _nested.text(x))
             zeros = x.new_zeros(batch, module.hidden_size)
             return (zeros, zeros) if isinstance(module, _PAIR) else zeros
-        method = getattr(module, "initial_state", None)
         if method is None:
             return None
-        state = method(x)
         who = f"initial_state of {self.name}"
+        if not callable(method):
+            fail(f"{who} must be a method", type(method).__name__)
+        state = method(x)
         for leaf, path in zip(_nested.leaves(state, who, fail), _nested.paths(state, who)):
             if leaf.dim() < 1 or leaf.size(0) != batch:
                 fail(f"{path} must have shape (B, *) with B = {batch}", f"{tuple(leaf.shape)}")
@@ -193,6 +195,8 @@ def direction(
 ) -> tuple[Any, Any]:
     """Output (T, B, ...), or (B, ...) of the last step, and final state of one cell."""
     flat = _nested.leaves(x, "input", fail)
+    if not flat:
+        fail(f"input of {cell.name} must hold a tensor", _nested.text(x))
     batch = flat[0].size(1)
     cast = _is_any_autocast_enabled()
     masked = None if valid is None else ~valid

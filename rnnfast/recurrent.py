@@ -87,7 +87,9 @@ class Recurrent(nn.Module):
     A cell is called as ``cell(input, state)`` and returns ``(output, state)``, the state like the
     one it got. A sequence begins with ``cell.initial_state(input)``, ``input`` being that of one
     step, or with ``hx``. Cells of torch.nn and rnnfast (``LSTMCell``, ``GRUCell``, ``RNNCell`` and
-    their subclasses) need no such method, begin with zeros and return the state only.
+    their subclasses) need no such method, begin with zeros and return the state only. The state
+    that a sequence begins with is computed once a call and direction, for all sequences and resets:
+    it may depend on weights, and on the sizes, dtype and device of ``input``, not on its values.
 
     Args:
         cell: the module of one layer and one direction; for several a function of ``layer`` and
@@ -431,9 +433,12 @@ class Recurrent(nn.Module):
         for k, state in enumerate(each):
             flat[k] = _nested.leaves_as(state, like, f"state of cells.{k}", differ)
             for i, (leaf, first) in enumerate(zip(flat[k], flat[0])):
-                if leaf.shape != first.shape:
+                if leaf.shape != first.shape or leaf.dtype != first.dtype:
                     at = _nested.paths(like, f"state of cells.{k}")[i]
-                    differ(f"{at} must have shape {tuple(first.shape)}", f"{tuple(leaf.shape)}")
+                    differ(
+                        f"{at} must have shape {tuple(first.shape)} of {first.dtype}",
+                        f"{tuple(leaf.shape)} of {leaf.dtype}",
+                    )
         return _nested.rebuild(like, [torch.stack(leaves) for leaves in zip(*flat)])
 
     def _run(self, call: _Call, hx: Any, last: bool) -> tuple[Any, Any]:

@@ -471,3 +471,24 @@ def test_mixed_devices() -> None:
         ops.forward_stack(*args[:3], weights, *args[4:])
     with pytest.raises(RuntimeError, match="w_hr must be on the same device as x"):
         ops.forward_stack(*args[:3], weights, *args[4:])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("rows", [2, 3, 5])
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+def test_states_of_another_batch_than_the_packed_one(
+    kind: str, layers: int, rows: int, enforce_sorted: bool
+) -> None:
+    """The batch of packed rows is no shape: a graph learns it when it runs."""
+    layer = getattr(rnnfast, kind)(INPUT, HIDDEN, layers)
+    lengths = torch.tensor([7, 5, 2] if enforce_sorted else [2, 7, 5])
+    packed = pack_padded_sequence(torch.randn(7, 3, INPUT), lengths, enforce_sorted=enforce_sorted)
+    h = torch.randn(layers, rows, HIDDEN)
+    hx = (h, h.clone()) if kind == "LSTM" else h
+    function = torch.compile(lambda packed, hx: layer(packed, hx)[0].data, backend="aot_eager")
+    if rows == 3:
+        torch.testing.assert_close(function(packed, hx), layer(packed, hx)[0].data)
+    else:
+        with pytest.raises(RuntimeError, match=r"Expected hidden|h0 must have shape|hx.* must"):
+            function(packed, hx)

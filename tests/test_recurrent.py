@@ -384,6 +384,22 @@ def test_life_of_the_module() -> None:
     assert ours.float()(x.float())[0].dtype == torch.float32
 
 
+def test_a_start_of_ones_own_of_a_known_cell() -> None:
+    class Learned(nn.GRUCell):
+        def __init__(self) -> None:
+            super().__init__(IN, H, dtype=F64)
+            self.h0 = nn.Parameter(torch.randn(H, dtype=F64))
+
+        def initial_state(self, x: Tensor) -> Tensor:
+            return self.h0.expand(x.size(0), H)
+
+    cell, x = Learned(), torch.randn(T, B, IN, dtype=F64)
+    layer = Recurrent(cell)
+    torch.testing.assert_close(layer(x)[0], layer(x, cell.h0.expand(1, B, H))[0])
+    layer(x)[0].sum().backward()
+    assert cell.h0.grad is not None and cell.h0.grad.abs().min() > 0
+
+
 def test_step_of_a_layer() -> None:
     layer, ours = pair("LSTM", 2, batch_first=True)
     x, _ = inputs()

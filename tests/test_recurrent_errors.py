@@ -151,3 +151,41 @@ def test_two_directions_need_features() -> None:
 
     with pytest.raises(RuntimeError, match="output of two directions must have .* concatenated"):
         Recurrent(cells, bidirectional=True)(X)
+
+
+def test_states_of_other_types_are_not_stacked() -> None:
+    class Typed(nn.Module):
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.dtype = dtype
+
+        def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(x.size(0), 1, dtype=self.dtype)
+
+        def forward(self, x: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x, s + 1
+
+    cells = [Typed(torch.int64), Typed(torch.float32)]
+    with pytest.raises(RuntimeError, match="of torch.int64 like that of cells.0, got .*float32"):
+        Recurrent(cells, 2)(torch.randn(T, B, IN))
+    _, (first, second) = Recurrent(cells, 2, stack_states=False)(torch.randn(T, B, IN))
+    assert first.dtype == torch.int64
+    assert second.dtype == torch.float32
+
+
+def test_an_output_without_tensors_is_no_input() -> None:
+    class Bare(nn.Module):
+        def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+            return x.new_zeros(x.size(0), 1)
+
+        def forward(self, x: torch.Tensor, s: torch.Tensor) -> Any:
+            return (), s
+
+    with pytest.raises(RuntimeError, match="input of cells.1 .* must hold a tensor"):
+        Recurrent([Bare(), Bare()], 2)(torch.randn(T, B, IN))
+    with pytest.raises(TypeError, match="takes a cell .* got Tensor"):
+        Recurrent(torch.zeros(()))  # type: ignore[arg-type]
+    bare = Bare()
+    bare.initial_state = 3  # type: ignore[assignment, method-assign]
+    with pytest.raises(RuntimeError, match="initial_state of cells.0 .* must be a method, got int"):
+        Recurrent(bare)(torch.randn(T, B, IN))
