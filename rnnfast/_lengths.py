@@ -369,3 +369,17 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "rnnfast::backward_lengths", _double_backward, setup_context=ops._backward_setup
 )
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        with ops.below_autograd():
+            output = forward(*args)
+        ops._forward_setup(ctx, args, output)
+        return output
+
+    backward = staticmethod(_formula)
+
+
+ops.refuse_tangents_in("rnnfast::forward_lengths", forward, _Forward)

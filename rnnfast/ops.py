@@ -17,7 +17,7 @@ from torch import Tensor
 from . import reference
 from ._checks import check_layer, has_values
 from ._library import load
-from ._modes import is_beyond_kernels, transforms_active
+from ._modes import has_tangent, is_beyond_kernels, transforms_active
 from .cells import CELLS, cell_spec
 
 __all__ = [
@@ -443,3 +443,30 @@ torch.library.register_autograd("rnnfast::gate_gradients", _no_derivative)
 torch.library.register_autograd(
     "rnnfast::sample_product", _sample_product_backward, setup_context=_sample_product_setup
 )
+
+
+def refuse_tangents_in(name: str, operator: Any, function: Any) -> None:
+    """Make calls of an operator with dual tensors raise, where it would lose their tangents: those
+    of an exported program, say. ``function``: the autograd function of its formula."""
+
+    def kernel(*args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if has_tangent(tensors):
+            raise RuntimeError(
+                f"rnnfast: {name} can't carry tangents (forward-mode AD); call the layer itself, "
+                "outside of exported programs"
+            )
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return function.apply(*args)
+        with below_autograd():
+            return operator(*args)
+
+    for device in ("CPU", "CUDA"):
+        torch.library.impl(name, f"Autograd{device}")(kernel)
+
+
+class Forward(RNNFast):
+    """``rnnfast::forward`` where the dispatcher came to it."""
+
+
+refuse_tangents_in("rnnfast::forward", forward, Forward)

@@ -156,3 +156,17 @@ def test_every_form_of_call_says_so() -> None:
         compiled = torch.compile(layer, backend="aot_eager")
         with forward_ad.dual_level(), pytest.raises(RuntimeError, match=REFUSED):
             compiled(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("form", ["plain", "lengths"])
+@pytest.mark.parametrize("learns", [False, True])
+def test_tangents_are_not_lost_in_exported_programs(form: str, learns: bool) -> None:
+    layer, x = rnnfast.LSTM(3, 4).requires_grad_(learns), torch.randn(5, 2, 3)
+    more = {"lengths": torch.tensor([5, 3])} if form == "lengths" else {}
+    program = torch.export.export(layer, (x,), more).module()
+    torch.testing.assert_close(program(x, **more)[0], layer(x, **more)[0])
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match=r"rnnfast::forward\w* can't carry tangents"),
+    ):
+        program(forward_ad.make_dual(x, x), **more)
