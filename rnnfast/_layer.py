@@ -1,4 +1,4 @@
-"""What the four layers of modules.py share: the call, freezing, copies."""
+"""What the four layers of lstm.py, gru.py and rnn.py share: the call, freezing, copies."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ SPECS: dict[str, CellSpec] = {
 def spec_of(layer: nn.Module) -> CellSpec:
     """The cell of a layer."""
     return SPECS[layer.mode]  # type: ignore[index]
+
+
+def no_proj_size(kwargs: dict[str, Any], name: str) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+    for key in kwargs:
+        raise TypeError(f"{name}.__init__() got an unexpected keyword argument '{key}'")
 
 
 # nn.RNNBase and not nn.LSTM: torch.compile refuses every subclass of nn.LSTM, nn.GRU and nn.RNN

@@ -73,7 +73,7 @@ def patched() -> Iterator[None]:
         >>> with rnnfast.patched():
         ...     model = torch.nn.Transformer(8), torch.nn.LSTM(8, 8)
         >>> type(model[1])
-        <class 'rnnfast.modules.LSTM'>
+        <class 'rnnfast.lstm.LSTM'>
     """
     _enter()
     try:

@@ -1,5 +1,5 @@
 """The path of every call: checks, the choice between operators and reference, layers and
-directions. The layers (modules.py) and the functions (functional.py) both end here."""
+directions. The layers (lstm.py, ...) and the functions (functional.py) both end here."""
 
 from __future__ import annotations
 

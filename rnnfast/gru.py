@@ -1,0 +1,98 @@
+"""The GRU layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._layer import no_proj_size
+from ._signatures import Device, OneStateCalls
+
+__all__ = ["GRU"]
+
+
+class GRU(OneStateCalls):
+    r"""Gated recurrent unit, a drop-in for :class:`torch.nn.GRU`.
+
+    .. math::
+        \begin{array}{ll}
+            r_t = \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
+            z_t = \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
+            n_t = \tanh(W_{in} x_t + b_{in} + r_t \odot (W_{hn} h_{t-1} + b_{hn})) \\
+            h_t = (1 - z_t) \odot n_t + z_t \odot h_{t-1}
+        \end{array}
+
+    Cho et al. 2014 (arXiv:1406.1078), with the reset gate after the product, as cuDNN and
+    torch.nn compute it.
+
+    Args:
+        input_size: number of features of the input :math:`I`
+        hidden_size: number of features of the hidden state :math:`H`
+        num_layers: number of layers :math:`L`, each fed by the one before
+        bias: whether there are biases
+        batch_first: input and output are :math:`(B, T, *)`; states stay as they are
+        dropout: probability of an element being zeroed between layers in training
+        bidirectional: two directions (:math:`D = 2`), outputs concatenated
+        device, dtype: of the parameters
+        recompute: keep only the states every 64 steps for backward, and compute what lies between
+            anew there; an attribute, too
+
+    Inputs: input, h_0, reset, lengths
+        The state is zero where it is not given, and where ``reset`` is true. Under autocast,
+        weights, input and states are cast to its dtype, and the outputs have it (float64 weights,
+        and those of a frozen layer, stay as they are, and the rest is cast to theirs).
+
+    Shape:
+        - input: :math:`(T, B, I)`, :math:`(B, T, I)` if ``batch_first``, :math:`(T, I)`, or a
+          :class:`~torch.nn.utils.rnn.PackedSequence`, of which only valid steps are computed
+        - h_0, h_n: :math:`(D \cdot L, B, H)` or :math:`(D \cdot L, H)`
+        - reset: bool, input's shape without the features, or packed like it; true at the first
+          step of a new sequence
+        - lengths: integers, :math:`(B)`, valid steps of the rows of padded input
+        - output: :math:`(T, B, D \cdot H)` in the form of input
+
+    Outputs: output, h_n
+
+    Attributes:
+        weight_ih_l[k]: :math:`(3H, I)`, :math:`(3H, D \cdot H)` for k > 0; gates r, z, n
+        weight_hh_l[k]: :math:`(3H, H)`
+        bias_ih_l[k], bias_hh_l[k]: :math:`(3H)`
+
+        With the suffix ``_reverse`` for the second direction.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as torch.nn.GRU, with its texts
+
+    .. note::
+        Backward reads ``output``: like cuDNN's layers, it raises if that was changed in place.
+
+    Example::
+
+        >>> layer = rnnfast.GRU(10, 20, 2)
+        >>> output, hn = layer(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
+        >>> output.shape
+        torch.Size([5, 3, 20])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        no_proj_size(kwargs, "GRU")
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, 0, device, dtype,
+        )  # fmt: skip
+        self._set_recompute(recompute)
