@@ -15,6 +15,7 @@ from ._passes import Pass
 from .cells import CELLS, CellSpec
 
 _forward_group = torch.ops.rnnfast.forward_group.default
+_forward_group_last = torch.ops.rnnfast.forward_group_last.default
 _backward_group = torch.ops.rnnfast.backward_group.default
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -170,9 +171,15 @@ def applies(x: Tensor, passes: Sequence[Pass]) -> bool:
 
 
 def run(
-    spec: CellSpec, x: Tensor, passes: Sequence[Pass], batch_sizes: Tensor | None, chained: bool
+    spec: CellSpec,
+    x: Tensor,
+    passes: Sequence[Pass],
+    batch_sizes: Tensor | None,
+    chained: bool,
+    last: bool = False,
 ) -> list[Outputs]:
-    """(y, h_n, c_n) of each pass; of chained ones only the last y may be read."""
+    """(y, h_n, c_n) of each pass; of chained ones only the last y may be read, and none if
+    `last`."""
     if _is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for p in passes for t in p[:7])
     ):
@@ -182,5 +189,8 @@ def run(
     else:
         with ops.below_autograd():
             given = [t for one in passes for t in one]
-            out = _forward_group(x, given, batch_sizes, spec.id, chained, False)
+            if last and x.is_cpu:
+                out = _forward_group_last(x, given, batch_sizes, spec.id, chained)
+            else:
+                out = _forward_group(x, given, batch_sizes, spec.id, chained, False)
     return [tuple(out[4 * i : 4 * i + 3]) for i in range(len(passes))]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import _run, _step
+from . import _regularize, _run, _step
 from ._checks import check_recompute
 from ._freeze import Frozen, why_not
 from ._step_plan import StepPlan
@@ -48,10 +48,23 @@ class Layer(nn.RNNBase):
     #: between them anew. May be set at any time, and holds from the next call on.
     recompute: bool = False
 
-    def _set_recompute(self, recompute: bool) -> None:
-        check_recompute(type(self).__name__, recompute)
+    #: Probability of an entry of the recurrent weights being zero for a call, and of a feature of a
+    #: layer's input being zero for a sequence, in training. May be set at any time, as dropout.
+    weight_dropout: float = 0.0
+    input_dropout: float = 0.0
+    #: Whether the output is that of the last step only. May be set at any time.
+    return_last: bool = False
+    residual: bool = False
+
+    def _set_options(self, recompute: bool, *options: Any) -> None:
+        name = type(self).__name__
+        check_recompute(name, recompute)
         if recompute:  # else the class says it
             self.recompute = True
+        found = _regularize.check(name, _regularize.Options(*options))
+        for option, value in found._asdict().items():
+            if value:
+                setattr(self, option, value)
 
     # torch.nn keeps a list of the weights beside the parameters, and weak references to them. Here
     # there is neither: a list gets old, and holds computed weights that can't be copied;
@@ -94,7 +107,7 @@ class Layer(nn.RNNBase):
         return frozen.step_plan(self.bias)
 
     def forward(
-        self, input: Any, hx: Any = None, reset: Any = None, lengths: Any = None
+        self, input: Any, hx: Any = None, reset: Any = None, lengths: Any = None, mask: Any = None
     ) -> tuple[Any, Any]:
         """Run the layer.
 
@@ -111,21 +124,28 @@ class Layer(nn.RNNBase):
                 a row's last valid step, and the second direction begins there; what stands in the
                 padding is never read. As packing with ``enforce_sorted=False`` and padding again,
                 but it can be compiled and exported, too. On a GPU each call waits for them
+            mask: bool, true at the valid steps of padded input, in place of lengths: padding on
+                either side, holes, rows without any valid step. The other steps are skipped: the
+                state passes them unchanged, output and gradients there are zero, and what stands
+                there is never read. A reset at such a step holds for the next valid one of its row
 
-        Shape: as in the class; reset has that of input without the features, lengths :math:`(B)`.
+        Shape: as in the class; reset and mask have that of input without the features, lengths
+        :math:`(B)`.
 
         Raises:
             RuntimeError: lengths of another shape or dtype, below 1 or above T (in a graph when it
-                runs), or with packed or unbatched input; and what the class says
+                runs), or with packed or unbatched input; a mask of another shape, dtype or device,
+                or with lengths or packed input; and what the class says
 
         Example::
 
             >>> done = torch.rand(5, 3) < 0.1              # (T, B): which steps begin an episode
             >>> output, state = layer(torch.randn(5, 3, 10), reset=done)
             >>> output, state = layer(torch.randn(5, 3, 10), lengths=torch.tensor([2, 5, 1]))
+            >>> output, state = layer(torch.randn(5, 3, 10), mask=torch.rand(5, 3) < 0.8)
         """
         return _run.of_module(
-            type(self).__name__, SPECS[self.mode], self, input, hx, reset, lengths
+            type(self).__name__, SPECS[self.mode], self, input, hx, reset, lengths, mask
         )
 
     def step(self, input: Any, state: Any = None, reset: Any = None) -> tuple[Any, Any]:
@@ -152,7 +172,8 @@ class Layer(nn.RNNBase):
 
         Raises:
             RuntimeError: a bidirectional layer, whose second direction begins at the end of the
-                sequence; a shape, dtype or device that does not fit
+                sequence; ``weight_dropout`` or ``input_dropout`` in training, which have one mask
+                a sequence; a shape, dtype or device that does not fit
 
         Example::
 
@@ -172,6 +193,7 @@ class Layer(nn.RNNBase):
             text += f", nonlinearity={nonlinearity}"
         if self.recompute:
             text += ", recompute=True"
+        text += _regularize.text(self)
         return text if self._frozen is None else f"{text}, frozen=True"
 
     def flatten_parameters(self) -> None:

@@ -7,6 +7,7 @@ a graph, which must not depend on values, one direction of one layer is the oper
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _modes, _reset, ops, reference
 from ._checks import has_values
 from ._modes import is_transformed, is_vmapped, transforms_active
+from ._rows import places
 from .cells import CellSpec
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -55,25 +57,32 @@ class Rows:
         longest = int(sizes[0])
         self.batch_sizes = (sizes > torch.arange(longest).unsqueeze(1)).sum(1)
         self.count = int(sizes.sum())
-        step = torch.repeat_interleave(
-            torch.arange(longest), self.batch_sizes, output_size=self.count
-        )
-        column = torch.arange(self.count) - (self.batch_sizes.cumsum(0) - self.batch_sizes)[step]
+        nth, column = places(self.batch_sizes, self.count)
+        sequence = order[column]
         self.shape = (steps, batch)
-        self.at = (step.to(device), order[column].to(device))
+        self.at = (self.step_of(nth, sequence).to(device), sequence.to(device))
         self.sorted: Tensor | None = None
         self.unsorted: Tensor | None = None
         if not torch.equal(order, torch.arange(batch)):
             self.sorted = order.to(device)
             self.unsorted = torch.argsort(order).to(device)
 
+    def step_of(self, nth: Tensor, sequence: Tensor) -> Tensor:
+        """Where the n-th valid steps of sequences stand in the batch."""
+        return nth
+
+    def real(self, rows: Tensor) -> Tensor:
+        """rows, with zeros in those that stand for no step at all."""
+        return rows
+
     def pack(self, x: Any) -> Any:
         """The rows (N, ...) of x (T, B, ...)."""
-        return None if x is None else x[self.at]
+        return None if x is None else self.real(x[self.at])
 
     def pad(self, rows: Tensor) -> Tensor:
         """(T, B, ...) of rows, zero elsewhere."""
-        return rows.new_zeros((*self.shape, *rows.shape[1:])).index_put_(self.at, rows)
+        padded = rows.new_zeros((*self.shape, *rows.shape[1:]))
+        return padded.index_put_(self.at, self.real(rows))
 
     def sort(self, state: Any, dim: int) -> Any:
         """A state in the order of the rows."""
@@ -136,16 +145,19 @@ def pad(x: Tensor, rows: Rows) -> Tensor:
     """:meth:`Rows.pad`, differentiable to any order."""
     if not is_transformed():
         return _Pad.apply(x, rows)
-    return x.new_zeros((*rows.shape, *x.shape[1:])).index_put(rows.at, x)
+    return x.new_zeros((*rows.shape, *x.shape[1:])).index_put(rows.at, rows.real(x))
 
 
 class Entered(NamedTuple):
-    """What :func:`enter` makes of a call."""
+    """What :func:`enter`, and _mask.py's, make of a call."""
 
     input: Any
     reset: Any
-    rows: Rows | None  # of the packed input
-    lengths: Tensor | None  # of a padded input, whose values can't be read yet
+    rows: Rows | None = None  # of the packed input
+    lengths: Tensor | None = None  # of a padded input, whose values can't be read yet
+    empty: Tensor | None = None  # (B, 1): which sequences have no valid step, in input's order
+    back: Callable[[Tensor], Tensor] | None = None  # puts steps of y where those of x stood
+    single: bool = False  # an unbatched input, which is a batch of one now
 
 
 def _valid(lengths: Tensor, steps: Any) -> Tensor:
@@ -183,21 +195,15 @@ def enter(input: Any, reset: Any, lengths: Any, batch_first: bool) -> Entered:
     if has_values(lengths) and (_modes.is_eager((x, lengths)) or is_transformed()):
         rows = _rows(lengths, steps, x.device) if steps else None
         if rows is None:
-            return Entered(input, reset, None, None)
+            return Entered(input, reset)
         packed = PackedSequence(pack(x, rows), rows.batch_sizes, rows.sorted, rows.unsorted)
-        return Entered(packed, rows.pack(mask), rows, None)
+        return Entered(packed, rows.pack(mask), rows)
     lengths = lengths.to(torch.int64)
     if mask is not None:
         # the second direction reads the mask one step on, where padding says nothing
         mask = mask & _valid(lengths, steps).to(mask.device)
         reset = mask.t() if batch_first else mask
-    return Entered(input, reset, None, lengths)
-
-
-def leave(rows: Rows, y: Tensor, batch_first: bool) -> Tensor:
-    """The padded output of packed rows."""
-    y = pad(y, rows)
-    return y.transpose(0, 1) if batch_first else y
+    return Entered(input, reset, lengths=lengths)
 
 
 def direction(

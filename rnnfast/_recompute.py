@@ -211,7 +211,7 @@ def _(*args: Any) -> list[Tensor]:
     return list(ops.backward_fake(*tensors, h_kept, c_kept, cell, reverse, needs))
 
 
-class _AsPlain:
+class AsPlain:
     """What the formula of ``rnnfast::forward`` looks at in its ctx."""
 
     save = False  # it computes what forward would have saved
@@ -242,7 +242,7 @@ def _formula(
     compiling = torch.compiler.is_compiling()
     if not compiling and (torch.is_grad_enabled() or is_beyond_kernels(incoming)):
         # who differentiates gradients keeps everything anyway; batches are for the reference
-        exact = ops.forward_backward(_AsPlain(ctx, tuple(inputs)), *incoming, None)
+        exact = ops.forward_backward(AsPlain(ctx, tuple(inputs)), *incoming, None)
         return (*exact[:8], *none[8:])
     needed = ctx.needs_input_grad[:8]
     numbers = (ctx.cell, ctx.reverse, ctx.every, ops.needs_mask(needed))

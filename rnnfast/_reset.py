@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from . import _rows
 from ._checks import check_dense, has_values
 
 
@@ -18,34 +19,38 @@ def _text(value: Any) -> str:
     return f"{tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')} on {value.device}"
 
 
-def _raise(wanted: str, letters: str, sizes: tuple[int, ...], found: Any) -> NoReturn:
+def _raise(name: str, wanted: str, letters: str, sizes: tuple[int, ...], found: Any) -> NoReturn:
     raise RuntimeError(
-        f"rnnfast: reset must be {wanted} of shape {letters} = {sizes}, got {_text(found)}"
+        f"rnnfast: {name} must be {wanted} of shape {letters} = {sizes}, got {_text(found)}"
     )
 
 
-def check(reset: Any, letters: str, sizes: tuple[int, ...], x: Tensor) -> Tensor:
+def check(
+    mask: Any, letters: str, sizes: tuple[int, ...], x: Tensor, name: str = "reset"
+) -> Tensor:
     """A mask of these sizes on the device of x."""
-    if isinstance(reset, Tensor) and reset.layout is not torch.strided:
-        check_dense(reset, "reset")
+    if isinstance(mask, Tensor) and mask.layout is not torch.strided:
+        check_dense(mask, name)
     if (
-        not isinstance(reset, Tensor)
-        or reset.dtype != torch.bool
-        or reset.shape != sizes
-        or reset.device != x.device
+        not isinstance(mask, Tensor)
+        or mask.dtype != torch.bool
+        or mask.shape != sizes
+        or mask.device != x.device
     ):
-        _raise(f"a bool tensor on {x.device}", letters, sizes, reset)
-    return reset
+        _raise(name, f"a bool tensor on {x.device}", letters, sizes, mask)
+    return mask
 
 
-def of_padded(reset: Any, x: Tensor, batched: bool, batch_first: bool) -> Tensor:
+def of_padded(
+    mask: Any, x: Tensor, batched: bool, batch_first: bool, name: str = "reset"
+) -> Tensor:
     """The mask (T, B) of a layer's input, which is x (T, B, I) by now."""
     steps, batch = x.size(0), x.size(1)
     if not batched:
-        return check(reset, "(T,)", (steps,), x).unsqueeze(1)
+        return check(mask, "(T,)", (steps,), x, name).unsqueeze(1)
     if batch_first:
-        return check(reset, "(B, T)", (batch, steps), x).t()
-    return check(reset, "(T, B)", (steps, batch), x)
+        return check(mask, "(B, T)", (batch, steps), x, name).t()
+    return check(mask, "(T, B)", (steps, batch), x, name)
 
 
 def of_packed(reset: Any, input: PackedSequence, x: Tensor) -> Tensor:
@@ -53,7 +58,7 @@ def of_packed(reset: Any, input: PackedSequence, x: Tensor) -> Tensor:
     if not isinstance(reset, PackedSequence):
         if not isinstance(reset, Tensor) or reset.dim() != 1:
             wanted = "a PackedSequence like input, or its data, a bool tensor"
-            _raise(wanted, "(N,)", (x.size(0),), reset)
+            _raise("reset", wanted, "(N,)", (x.size(0),), reset)
         return check(reset, "(N,)", (x.size(0),), x)
     sizes = input.batch_sizes
     if reset.batch_sizes.shape != sizes.shape or (
@@ -75,30 +80,15 @@ def of_packed(reset: Any, input: PackedSequence, x: Tensor) -> Tensor:
     return check(reset.data, "(N,)", (x.size(0),), x)
 
 
-def _on_device(batch_sizes: Tensor, device: torch.device) -> Tensor:
-    """batch_sizes on the device of the rows, without waiting for it. (A graph that is being
-    captured would read the host's memory again at each replay: there, torch's error is right.)"""
-    if (
-        device.type != "cuda"
-        or torch.compiler.is_compiling()
-        or torch.cuda.is_current_stream_capturing()
-    ):
-        return batch_sizes.to(device)
-    return batch_sizes.pin_memory().to(device, non_blocking=True)
-
-
 def of_backward_direction(reset: Tensor, batch_sizes: Tensor | None) -> Tensor:
     """The mask that cuts a reverse pass between the same steps: it enters step t from t + 1, so
     that it starts anew at t where a new sequence begins at t + 1."""
     if batch_sizes is None:
         return torch.cat([reset[1:], reset.new_zeros(1, reset.size(1))])
-    rows, steps = reset.size(0), batch_sizes.size(0)
-    sizes = _on_device(batch_sizes, reset.device)
-    step = torch.repeat_interleave(
-        torch.arange(steps, device=reset.device), sizes, output_size=rows
-    )
+    rows = reset.size(0)
+    sizes = _rows.on_device(batch_sizes, reset.device)
+    step, column = _rows.places(sizes, rows)
     row = torch.arange(rows, device=reset.device)
-    column = row - (torch.cumsum(sizes, 0) - sizes)[step]
     after = torch.cat([sizes[1:], sizes.new_zeros(1)])[step]  # rows of the next step
     below = (row + sizes[step]).clamp(max=rows - 1)
     return reset[below] & (column < after)

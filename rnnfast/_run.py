@@ -8,18 +8,19 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import (
-    _cuda,
     _functorch,
     _group,
     _hx,
+    _last,
     _lengths,
+    _mask,
     _modes,
     _passes,
     _recompute,
+    _regularize,
     _reset,
     _stack,
     engine,
@@ -35,87 +36,22 @@ from ._cast import (
     refuse_input,
 )
 from ._checks import (
-    DTYPES,
     check_batch_sizes,
     check_dense,
     check_lengths_kind,
     check_recompute,
     check_weights,
 )
-from ._modes import has_tangent, is_transformed, refuse_tangents
+from ._modes import is_transformed, refuse_tangents
 from ._modes import transforms_active as _transforms_active
+from ._regularize import PLAIN, Options
+from ._route import is_exporting, use_reference
 from .cells import CellSpec
 
 _forward = ops.forward
 _run_eager = ops.RNNFast.apply
 _is_grad_enabled = torch.is_grad_enabled
 _strided = torch.strided
-
-
-def use_reference(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor | None],
-    packed_rows: bool = False,
-) -> bool:
-    """Whether a call goes to reference.py; an error if nothing can run it."""
-    if engine.forced == "reference":
-        return True
-    # an operator would stop functorch, and lose a tangent without a word
-    if _transforms_active():
-        beyond = forward_ad._current_level >= 0 or not _fits_transforms(x, packed_rows)
-    else:
-        beyond = has_tangent((x, h0, c0, *weights))
-    if beyond:
-        if engine.forced != "auto":
-            raise RuntimeError(
-                f'rnnfast: the engine "{engine.forced}" was forced and can\'t run under these '
-                "functorch transforms or forward-mode AD (vmap and one gradient it can); "
-                'use_engine("auto") or use_engine("reference") can'
-            )
-        return True
-    if x.dtype not in DTYPES:
-        raise RuntimeError(
-            "rnnfast: the engines compute in float32, float64, bfloat16 and float16, got "
-            f"{x.dtype}; convert with .float(), or run plain torch operators with "
-            'rnnfast.use_engine("reference")'
-        )
-    if not x.is_cpu:
-        _check_engine(x)
-    elif engine.forced == "cuda":
-        raise RuntimeError(f'rnnfast: the engine "cuda" was forced, got a tensor on {x.device}')
-    return False
-
-
-def _fits_transforms(x: Tensor, packed_rows: bool) -> bool:
-    """Whether _functorch.py has rules for the transforms in force, on tensors of an engine."""
-    if packed_rows or torch.compiler.is_compiling() or x.numel() == 0:
-        return False
-    return x.dtype in DTYPES and (x.is_cpu or x.is_cuda) and _functorch.fits()
-
-
-def _check_engine(x: Tensor) -> None:
-    """Whether an engine runs on the device of x, which is not the CPU."""
-    if x.is_meta:
-        return
-    if engine.forced == "cpu":
-        raise RuntimeError(f'rnnfast: the engine "cpu" was forced, got a tensor on {x.device}')
-    if x.is_cuda and torch.compiler.is_compiling():
-        return  # the operator says so when it runs
-    why = _cuda.why_not_on(x.device) if x.is_cuda else f"there is none for {x.device.type}"
-    if why:
-        raise RuntimeError(
-            f"rnnfast: no engine can run on {x.device}: {why}; "
-            "move the tensors with .cpu(), run plain torch operators with "
-            'rnnfast.use_engine("reference"), or go back to torch.nn with rnnfast.restore(model)'
-        )
-
-
-@torch.compiler.assume_constant_result
-def is_exporting() -> bool:
-    """torch.compiler.is_exporting, which up to torch 2.10 is true in all that Dynamo traces."""
-    return torch.compiler.is_exporting()
 
 
 def direction(
@@ -135,8 +71,9 @@ def direction(
     reverse: bool,
     lengths: Tensor | None = None,
     recompute: bool = False,
+    last: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One direction of one layer: (y, h_n, c_n)."""
+    """One direction of one layer: (y, h_n, c_n); `last`: nobody reads y."""
     if use_ref:
         check_weights(spec, x, w_ih, w_hh, b_ih, b_hh, w_hr)
         if not torch.compiler.is_compiling():
@@ -168,6 +105,11 @@ def direction(
         ops.refuse_packed(packed_weights)
         # an exported graph is for inference; should it be trained, backward computes `saved` anew
         save = not is_exporting()
+    elif last and x.is_cpu and lengths is None:
+        return _last.run(
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset, packed_weights, spec.id,
+            reverse,
+        )  # fmt: skip
     if lengths is not None:
         return _lengths.direction(
             False, spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, packed_weights,
@@ -204,13 +146,14 @@ def stack(
     packed_weights: Sequence[Tensor] | None,
     lengths: Tensor | None = None,
     recompute: bool = False,
+    last: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions.
 
     x (T, B, I) or packed (N, I), h0 (L*D, B, P), c0 (L*D, B, H) or None, reset (T, B) or (N,) as
     the forward direction has it; packed_weights: those of a frozen layer; lengths: of padded x,
-    where a graph keeps them. Gives y, h_n (L*D, B, P) and c_n (L*D, B, H), which is empty for
-    cells of one state.
+    where a graph keeps them; last: nobody reads y, which may then be empty. Gives y, h_n
+    (L*D, B, P) and c_n (L*D, B, H), which is empty for cells of one state.
     """
     use_ref = use_reference(x, h0, c0, weights, batch_sizes is not None)
     # some cells save nothing but y
@@ -237,6 +180,7 @@ def stack(
             False,
             lengths,
             recompute,
+            last,
         )
         if use_ref or _transforms_active():
             return y, h_n.unsqueeze(0), c_n
@@ -244,7 +188,11 @@ def stack(
         return y, h_n.unsqueeze_(0), c_n
 
     if torch.compiler.is_compiling() and not (
-        use_ref or recompute or packed_weights is not None or is_exporting()
+        use_ref
+        or recompute
+        or packed_weights is not None
+        or is_exporting()
+        or (last and lengths is None and not _stack.saves(x, h0, c0, weights))
     ):
         return _stack.run(
             spec, x, h0, c0, weights, num_layers, directions, dropout, batch_sizes, reset, lengths
@@ -257,11 +205,12 @@ def stack(
     all_at_once = grouped and directions == 1 and dropout == 0
 
     def run(y: Tensor, some: Sequence[_passes.Pass]) -> Sequence[Any]:
+        ends = last and some[-1] is passes[-1]
         if grouped and len(some) > 1:
-            return _group.run(spec, y, some, batch_sizes, directions == 1)
+            return _group.run(spec, y, some, batch_sizes, directions == 1, ends)
         outs: list[Any] = []
         for k, (*tensors, mask, packed) in enumerate(some):
-            args: Any = (*tensors, batch_sizes, mask, packed, k == 1, lengths, recompute)
+            args: Any = (*tensors, batch_sizes, mask, packed, k == 1, lengths, recompute, ends)
             outs.append(direction(use_ref, spec, y, *args))
         return outs
 
@@ -291,6 +240,8 @@ def layer(
     packed_weights: Sequence[Tensor] | None,
     lengths: Any = None,
     recompute: bool = False,
+    mask: Any = None,
+    options: Options = PLAIN,
 ) -> tuple[Any, Any]:
     """A whole layer as torch.nn has it: input and hx in any of their forms, its errors."""
     two_states = spec.states == 2
@@ -303,14 +254,19 @@ def layer(
         weights, cast = autocast_weights(weights, weight.device.type)
         if cast is not None:
             weight, dtype = weights[0], cast
-    rows = None
+    rows = empty = back = last = None
+    single = False  # unbatched input with a mask
     if not isinstance(input, (Tensor, PackedSequence)):
         refuse_input(input)
     if recompute is not False:
         check_recompute(name, recompute)
-    if lengths is not None:
+    if mask is not None:
+        entered = _mask.enter(input, reset, mask, lengths, batch_first)
+        input, reset, rows, lengths, empty, back, single = entered
+        batch_first = batch_first and not single
+    elif lengths is not None:
         check_lengths_kind(lengths, input)
-        input, reset, rows, lengths = _lengths.enter(input, reset, lengths, batch_first)
+        input, reset, rows, lengths = _lengths.enter(input, reset, lengths, batch_first)[:4]
     if isinstance(input, PackedSequence):
         x, batch_sizes, sorted_indices, unsorted_indices = input
         if x.layout is not _strided:
@@ -322,7 +278,7 @@ def layer(
             if not torch.compiler.is_compiling():
                 batch = int(batch_sizes[0])
         dims = 2
-        batched = True
+        batched = not single
         if x.dtype != dtype:
             x = match_input(x, weight, not two_states)
     else:
@@ -331,7 +287,7 @@ def layer(
             check_dense(x, "input")
         dims = x.dim()
         if dims == 3:
-            batched = True
+            batched = not single
             if batch_first:
                 x = x.transpose(0, 1)
         elif dims == 2:
@@ -346,7 +302,7 @@ def layer(
     h0: Tensor | None = None
     c0: Tensor | None = None
     if hx is not None:
-        h0, c0 = _hx.take(hx, two_states, batched, batch_sizes is not None)
+        h0, c0 = _hx.take(hx, two_states, batched, batch_sizes is not None and not single)
         if batch_sizes is not None and torch.compiler.is_compiling() and h0.dim() == 3:
             # a graph has no batch_sizes yet: its operator compares them with what it gets
             batch = h0.size(1) if sorted_indices is None else sorted_indices.size(0)
@@ -374,31 +330,48 @@ def layer(
         else:
             reset = _reset.of_padded(reset, x, batched, batch_first)
 
-    y, h_n, c_n = stack(
+    args = (
         spec, x, h0, c0, weights, bias, num_layers, directions, dropout, batch_sizes, reset,
         packed_weights, lengths, recompute,
     )  # fmt: skip
+    if options is PLAIN and empty is None:
+        y, h_n, c_n = stack(*args)
+    else:
+        y, last, h_n, c_n = _regularize.run(stack, options, empty, sorted_indices, *args)
 
-    output: Any = y
-    if batch_sizes is not None:
-        if rows is None:
-            output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
-        else:
-            output = _lengths.leave(rows, y, batch_first)
-        if unsorted_indices is not None:
-            h_n = h_n.index_select(1, unsorted_indices)
-            c_n = c_n.index_select(1, unsorted_indices) if two_states else c_n
-    elif not batched:
-        output = y.squeeze(1)
+    if unsorted_indices is not None:
+        h_n = h_n.index_select(1, unsorted_indices)
+        c_n = c_n.index_select(1, unsorted_indices) if two_states else c_n
+    if not batched:
         h_n = h_n.squeeze(1)
         c_n = c_n.squeeze(1) if two_states else c_n
-    elif batch_first:
-        output = y.transpose(0, 1)
+    output: Any = y
+    if last is not None:
+        output = last if unsorted_indices is None else last.index_select(0, unsorted_indices)
+        output = output if batched else output.squeeze(0)
+    elif batch_sizes is not None and rows is None:
+        output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+    else:
+        if rows is not None:
+            output = _lengths.pad(y, rows)
+        elif back is not None:
+            output = back(y)
+        if not batched:
+            output = output.squeeze(1)
+        elif batch_first:
+            output = output.transpose(0, 1)
     return output, ((h_n, c_n) if two_states else h_n)
 
 
 def of_module(
-    name: str, spec: CellSpec, module: Any, input: Any, hx: Any, reset: Any, lengths: Any = None
+    name: str,
+    spec: CellSpec,
+    module: Any,
+    input: Any,
+    hx: Any,
+    reset: Any,
+    lengths: Any = None,
+    mask: Any = None,
 ) -> tuple[Any, Any]:
     """A whole layer with the options and the current weights of a module."""
     weights, packed = module._current()
@@ -406,7 +379,7 @@ def of_module(
         name, spec, input, hx, reset, weights, module.input_size, module.hidden_size,
         module.proj_size, module.num_layers, module.bias, module.batch_first,
         module.dropout if module.training else 0.0, module.bidirectional, packed, lengths,
-        getattr(module, "recompute", False),
+        getattr(module, "recompute", False), mask, _regularize.of_module(name, module),
     )  # fmt: skip
 
 

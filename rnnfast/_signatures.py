@@ -27,6 +27,7 @@ if TYPE_CHECKING:
             hx: States | None = None,
             reset: Tensor | PackedSequence | None = None,
             lengths: Tensor | None = None,
+            mask: Tensor | None = None,
         ) -> tuple[Input, States]: ...
         def __call__(
             self,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
             hx: States | None = None,
             reset: Tensor | PackedSequence | None = None,
             lengths: Tensor | None = None,
+            mask: Tensor | None = None,
         ) -> tuple[Input, States]: ...
         def step(
             self, input: Tensor, state: States | None = None, reset: Tensor | bool | None = None
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
             hx: Tensor | None = None,
             reset: Tensor | PackedSequence | None = None,
             lengths: Tensor | None = None,
+            mask: Tensor | None = None,
         ) -> tuple[Input, Tensor]: ...
         def __call__(
             self,
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
             hx: Tensor | None = None,
             reset: Tensor | PackedSequence | None = None,
             lengths: Tensor | None = None,
+            mask: Tensor | None = None,
         ) -> tuple[Input, Tensor]: ...
         def step(
             self, input: Tensor, state: Tensor | None = None, reset: Tensor | bool | None = None

@@ -419,6 +419,13 @@ _backward_lengths_op = _define(
 )
 
 
+def saves(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    """Whether a call keeps what backward needs."""
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, h0, c0, *weights)
+    )
+
+
 def run(
     spec: CellSpec,
     x: Tensor,
@@ -433,13 +440,10 @@ def run(
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """_run.stack in a graph."""
-    save = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, h0, c0, *weights)
-    )
     dropout = dropout if num_layers > 1 else 0.0
     forward = _FORWARD_OPS[dropout != 0, lengths is not None]
     y, h_n, c_n, *_ = forward(
         refuse_tangents(x), h0, c0, list(weights), batch_sizes, lengths, reset, spec.id,
-        num_layers, directions, dropout, save,
+        num_layers, directions, dropout, saves(x, h0, c0, weights),
     )  # fmt: skip
     return y, h_n, c_n

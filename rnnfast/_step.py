@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import _cast, _reset, _run, engine, ops
+from . import _cast, _regularize, _reset, _run, engine, ops
 from ._checks import check_dense
 from ._modes import is_transformed, nothing_is_watching
 from .cells import CellSpec
@@ -141,8 +141,11 @@ def _checked_states(
 def step(layer: Any, spec: CellSpec, input: Any, state: Any, reset: Any) -> tuple[Tensor, Any]:
     """What Layer.step does."""
     compiling = _is_compiling()
+    options = _regularize.of_step(type(layer).__name__, layer)
+    plain = options is _regularize.PLAIN
     if (
         not compiling
+        and plain
         and engine.forced == "auto"
         and not layer.bidirectional
         and not (layer.training and layer.dropout > 0)
@@ -153,7 +156,7 @@ def step(layer: Any, spec: CellSpec, input: Any, state: Any, reset: Any) -> tupl
         if done is not None:
             return done
     weights, packed = layer._current()
-    if not compiling:
+    if not compiling and plain:
         short = _short_way(layer, spec, input, state, reset, weights, packed)
         if short is not None:
             return short
@@ -175,10 +178,14 @@ def step(layer: Any, spec: CellSpec, input: Any, state: Any, reset: Any) -> tupl
         reset = torch.full((), reset, dtype=torch.bool, device=x.device)
     if reset is not None:
         reset = _reset.check(reset, "(B,)" if batched else "()", batch, x).reshape(1, -1)
-    y, h_n, c_n = _run.stack(
+    args = (
         spec, x.unsqueeze(0) if batched else x.view(1, 1, -1), h, c, weights, layer.bias,
         layer.num_layers, 1, layer.dropout if layer.training else 0.0, None, reset, packed,
     )  # fmt: skip
+    if plain:
+        y, h_n, c_n = _run.stack(*args)
+    else:
+        y, _, h_n, c_n = _regularize.run(_run.stack, options, None, None, *args)
     y = y.squeeze(0)
     if not batched:
         y, h_n = y.squeeze(0), h_n.squeeze(1)

@@ -22,7 +22,7 @@ _KERNEL_RAN = (*KERNELS, "diagonal")
 _NAMES = ("auto", "cpu", "cuda", "reference")
 
 _native = torch.ops.rnnfast
-# read by _run.use_reference at every call; changed by use_engine only
+# read by _route.use_reference at every call; changed by use_engine only
 forced = "auto"
 # counts changes of ISA: a frozen layer's packed weights belong to one
 isa_changes = 0

@@ -37,8 +37,15 @@ class GRU(OneStateCalls):
         device, dtype: of the parameters
         recompute: keep only the states every 64 steps for backward, and compute what lies between
             anew there; an attribute, too
+        weight_dropout: probability of an entry of `W_hh` being zeroed in training, one mask a call
+            for each layer and direction (DropConnect; Merity et al. 2018, arXiv:1708.02182); an
+            attribute, too
+        input_dropout: probability of a feature of each layer's input being zeroed in training, one
+            mask a sequence (Gal & Ghahramani 2016, arXiv:1512.05287); an attribute, too
+        return_last: the output is that of the last step only, :math:`(B, D \cdot H)`; an
+            attribute, too
 
-    Inputs: input, h_0, reset, lengths
+    Inputs: input, h_0, reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
         weights, input and states are cast to its dtype, and the outputs have it (float64 weights,
         and those of a frozen layer, stay as they are, and the rest is cast to theirs).
@@ -50,7 +57,9 @@ class GRU(OneStateCalls):
         - reset: bool, input's shape without the features, or packed like it; true at the first
           step of a new sequence
         - lengths: integers, :math:`(B)`, valid steps of the rows of padded input
-        - output: :math:`(T, B, D \cdot H)` in the form of input
+        - mask: bool, input's shape without the features, true at valid steps of padded input
+        - output: :math:`(T, B, D \cdot H)` in the form of input; with ``return_last``
+          :math:`(B, D \cdot H)`, or :math:`(D \cdot H)`
 
     Outputs: output, h_n
 
@@ -88,6 +97,9 @@ class GRU(OneStateCalls):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        weight_dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        return_last: bool = False,
         **kwargs: Any,
     ) -> None:
         no_proj_size(kwargs, "GRU")
@@ -95,4 +107,4 @@ class GRU(OneStateCalls):
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, 0, device, dtype,
         )  # fmt: skip
-        self._set_recompute(recompute)
+        self._set_options(recompute, weight_dropout, input_dropout, False, return_last)

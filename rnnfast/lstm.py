@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import nn
 
 from ._signatures import Device, LSTMCalls
 
 __all__ = ["LSTM"]
+
+
+def _check_forget_bias(forget_bias: Any, bias: bool) -> None:
+    if forget_bias is None:
+        return
+    if isinstance(forget_bias, bool) or not isinstance(forget_bias, (int, float)):
+        found = type(forget_bias).__name__
+        raise TypeError(f"rnnfast: forget_bias of LSTM must be a number or None, got {found}")
+    if not math.isfinite(forget_bias):
+        raise ValueError(f"rnnfast: forget_bias of LSTM must be finite, got {forget_bias}")
+    if not bias:
+        raise ValueError(
+            "rnnfast: forget_bias is what the forget gate's bias starts from, and bias=False has "
+            f"none; got forget_bias={forget_bias}"
+        )
 
 
 class LSTM(LSTMCalls):
@@ -38,8 +56,18 @@ class LSTM(LSTMCalls):
         device, dtype: of the parameters
         recompute: keep only the states every 64 steps for backward, and compute what lies between
             anew there; an attribute, too
+        weight_dropout: probability of an entry of `W_hh` being zeroed in training, one mask a call
+            for each layer and direction (DropConnect; Merity et al. 2018, arXiv:1708.02182); an
+            attribute, too
+        input_dropout: probability of a feature of each layer's input being zeroed in training, one
+            mask a sequence (Gal & Ghahramani 2016, arXiv:1512.05287); an attribute, too
+        return_last: the output is that of the last step only, :math:`(B, D \cdot P)`; an
+            attribute, too
+        forget_bias: what the forget gate's bias starts from (its part of b_ih; that of b_hh is
+            zero then): 1.0, say, keeps what is remembered at first (Jozefowicz et al. 2015).
+            ``None``: drawn like the rest, as torch.nn does
 
-    Inputs: input, (h_0, c_0), reset, lengths
+    Inputs: input, (h_0, c_0), reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
         weights, input and states are cast to its dtype, and the outputs have it (float64 weights,
         and those of a frozen layer, stay as they are, and the rest is cast to theirs).
@@ -52,7 +80,9 @@ class LSTM(LSTMCalls):
         - reset: bool, input's shape without the features, or packed like it; true at the first
           step of a new sequence
         - lengths: integers, :math:`(B)`, valid steps of the rows of padded input
-        - output: :math:`(T, B, D \cdot P)` in the form of input
+        - mask: bool, input's shape without the features, true at valid steps of padded input
+        - output: :math:`(T, B, D \cdot P)` in the form of input; with ``return_last``
+          :math:`(B, D \cdot P)`, or :math:`(D \cdot P)`
 
     Outputs: output, (h_n, c_n)
 
@@ -79,6 +109,8 @@ class LSTM(LSTMCalls):
         torch.Size([5, 3, 20])
     """
 
+    forget_bias: float | None = None
+
     def __init__(
         self,
         input_size: int,
@@ -93,12 +125,36 @@ class LSTM(LSTMCalls):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        weight_dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        return_last: bool = False,
+        forget_bias: float | None = None,
     ) -> None:
+        _check_forget_bias(forget_bias, bias)
+        if forget_bias is not None:  # else the class says it; torch.nn draws the weights at once
+            self.forget_bias = forget_bias
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, proj_size, device, dtype,
         )  # fmt: skip
-        self._set_recompute(recompute)
+        self._set_options(recompute, weight_dropout, input_dropout, False, return_last)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights anew."""
+        super().reset_parameters()
+        if self.forget_bias is None:
+            return
+        with torch.no_grad():
+            for name in self._flat_weights_names:
+                bias = self._parameters.get(name)
+                if bias is not None and name.startswith("bias"):
+                    of_forget_gate = bias[self.hidden_size : 2 * self.hidden_size]
+                    of_forget_gate.fill_(self.forget_bias if name.startswith("bias_ih") else 0.0)
+
+    def extra_repr(self) -> str:
+        """What differs from a default."""
+        text = super().extra_repr()
+        return text if self.forget_bias is None else f"{text}, forget_bias={self.forget_bias}"
 
     # torch.nn.LSTM's methods, for code that calls or overrides them
     get_expected_cell_size = nn.LSTM.get_expected_cell_size

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import _functorch, _run, _step, engine, ops
+from . import _functorch, _regularize, _run, _step, engine, ops
 from ._checks import DTYPES
 from ._layer import spec_of
 from ._modes import is_transformed, transforms_active
@@ -50,7 +50,10 @@ class Quantized(nn.Module):
         self.batch_first: bool = source.batch_first
         self.bidirectional: bool = source.bidirectional
         self.proj_size: int = source.proj_size
-        self.dropout = 0.0  # inference only
+        self.dropout = self.weight_dropout = self.input_dropout = 0.0  # inference only
+        # torch.nn's layers have none of these
+        self.residual: bool = getattr(source, "residual", False)
+        self.return_last: bool = getattr(source, "return_last", False)
         self._names: tuple[str, ...] = tuple(source._flat_weights_names)
         self._packed: list[Tensor] | None = None
         self._plan: StepPlan | None = None
@@ -166,14 +169,16 @@ class Quantized(nn.Module):
         return self._plan
 
     def forward(
-        self, input: Any, hx: Any = None, reset: Any = None, lengths: Any = None
+        self, input: Any, hx: Any = None, reset: Any = None, lengths: Any = None, mask: Any = None
     ) -> tuple[Any, Any]:
         """As the layer that was quantized; input and states are float32.
 
         Raises:
             RuntimeError: if a gradient is asked for, too
         """
-        return _run.of_module(self.mode.split("_")[0], self._spec, self, input, hx, reset, lengths)
+        return _run.of_module(
+            self.mode.split("_")[0], self._spec, self, input, hx, reset, lengths, mask
+        )
 
     def flatten_parameters(self) -> None:
         """Do nothing; code written for torch.nn calls it."""
@@ -205,7 +210,7 @@ class Quantized(nn.Module):
         for name in ("batch_first", "bidirectional"):
             if getattr(self, name):
                 parts.append(f"{name}=True")
-        return ", ".join([*parts, "weights=int8"])
+        return ", ".join(parts) + _regularize.text(self) + ", weights=int8"
 
 
 class QuantizedLSTM(Quantized):
@@ -260,8 +265,8 @@ def quantize(model: _Model, *, exclude: Iterable[str] = ()) -> Any:
     replaced by the return value. Cells, subclasses and matrices of more than 65536 columns are left
     alone (the logger ``"rnnfast"`` tells). The weights can't be trained any more, and
     ``state_dict`` holds the bytes and scales. Input and states are float32 whatever the dtype of
-    the layer was; hooks of a swapped layer are lost, and so is ``recompute=True``, which is about
-    training.
+    the layer was; hooks of a swapped layer are lost, and so are ``recompute=True``,
+    ``weight_dropout`` and ``input_dropout``, which are about training.
 
     Args:
         model: a model, or a single layer

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _lengths, _nested, _reset, _unroll
 from ._checks import check_batch_sizes, check_dense, has_values
 from ._modes import is_vmapped
+from ._rows import places
 from ._unroll import fail as _fail
 
 __all__ = ["Recurrent"]
@@ -28,12 +29,11 @@ class _PackedRows(_lengths.Rows):
         sizes, device = packed.batch_sizes, packed.data.device
         check_batch_sizes(sizes, packed.data.size(0))
         self.batch_sizes, self.count = sizes, packed.data.size(0)
-        steps, batch = sizes.size(0), int(sizes[0])
-        step = torch.repeat_interleave(torch.arange(steps), sizes, output_size=self.count)
-        column = (torch.arange(self.count) - (sizes.cumsum(0) - sizes)[step]).to(device)
+        step, column = places(sizes, self.count)
+        column = column.to(device)
         if packed.sorted_indices is not None:
             column = packed.sorted_indices[column]
-        self.shape = (steps, batch)
+        self.shape = (sizes.size(0), int(sizes[0]))
         self.at = (step.to(device), column)
         self.sorted, self.unsorted = packed.sorted_indices, packed.unsorted_indices
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,12 +12,25 @@ from torch.nn import Parameter
 from ._layer import no_proj_size
 from ._signatures import Device, OneStateCalls
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["RNN", "IndRNN"]
 
 
 def _check_nonlinearity(nonlinearity: str) -> None:
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+
+
+def _root(what: str, name: str, value: Any, seq_len: Any) -> float:
+    """What grows to the value over a sequence."""
+    if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 1:
+        raise ValueError(f"rnnfast: seq_len of {what} must be an int >= 1, got {seq_len!r}")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ValueError(f"rnnfast: {name} of {what} must be a number above 0, got {value!r}")
+    return float(value ** (1.0 / seq_len))
 
 
 class RNN(OneStateCalls):
@@ -39,8 +52,15 @@ class RNN(OneStateCalls):
         bidirectional: two directions (:math:`D = 2`), outputs concatenated
         device, dtype: of the parameters
         recompute: taken, and changes nothing: this layer keeps nothing beyond input and output
+        weight_dropout: probability of an entry of `W_hh` being zeroed in training, one mask a call
+            for each layer and direction (DropConnect; Merity et al. 2018, arXiv:1708.02182); an
+            attribute, too
+        input_dropout: probability of a feature of each layer's input being zeroed in training, one
+            mask a sequence (Gal & Ghahramani 2016, arXiv:1512.05287); an attribute, too
+        return_last: the output is that of the last step only, :math:`(B, D \cdot H)`; an
+            attribute, too
 
-    Inputs: input, h_0, reset, lengths
+    Inputs: input, h_0, reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
         weights, input and states are cast to its dtype, and the outputs have it (float64 weights,
         and those of a frozen layer, stay as they are, and the rest is cast to theirs).
@@ -52,7 +72,9 @@ class RNN(OneStateCalls):
         - reset: bool, input's shape without the features, or packed like it; true at the first
           step of a new sequence
         - lengths: integers, :math:`(B)`, valid steps of the rows of padded input
-        - output: :math:`(T, B, D \cdot H)` in the form of input
+        - mask: bool, input's shape without the features, true at valid steps of padded input
+        - output: :math:`(T, B, D \cdot H)` in the form of input; with ``return_last``
+          :math:`(B, D \cdot H)`, or :math:`(D \cdot H)`
 
     Outputs: output, h_n
 
@@ -91,6 +113,9 @@ class RNN(OneStateCalls):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        weight_dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        return_last: bool = False,
         **kwargs: Any,
     ) -> None:
         no_proj_size(kwargs, "RNN")
@@ -100,7 +125,7 @@ class RNN(OneStateCalls):
             "RNN_" + nonlinearity.upper(), input_size, hidden_size, num_layers, bias,
             batch_first, dropout, bidirectional, 0, device, dtype,
         )  # fmt: skip
-        self._set_recompute(recompute)
+        self._set_options(recompute, weight_dropout, input_dropout, False, return_last)
 
 
 class IndRNN(OneStateCalls):
@@ -123,8 +148,17 @@ class IndRNN(OneStateCalls):
         bidirectional: two directions (:math:`D = 2`), outputs concatenated
         device, dtype: of the parameters
         recompute: taken, and changes nothing: this layer keeps nothing beyond input and output
+        weight_dropout: probability of an entry of `u` being zeroed in training, one mask a call
+            for each layer and direction (DropConnect; Merity et al. 2018, arXiv:1708.02182); an
+            attribute, too
+        input_dropout: probability of a feature of each layer's input being zeroed in training, one
+            mask a sequence (Gal & Ghahramani 2016, arXiv:1512.05287); an attribute, too
+        residual: :math:`y_l = x_l + f(x_l)` around every layer whose input has as many features as
+            its output; states stay those of :math:`f`. An attribute, too
+        return_last: the output is that of the last step only, :math:`(B, D \cdot H)`; an
+            attribute, too
 
-    Inputs: input, h_0, reset, lengths
+    Inputs: input, h_0, reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
         weights, input and states are cast to its dtype, and the outputs have it (float64 weights,
         and those of a frozen layer, stay as they are, and the rest is cast to theirs).
@@ -136,7 +170,9 @@ class IndRNN(OneStateCalls):
         - reset: bool, input's shape without the features, or packed like it; true at the first
           step of a new sequence
         - lengths: integers, :math:`(B)`, valid steps of the rows of padded input
-        - output: :math:`(T, B, D \cdot H)` in the form of input
+        - mask: bool, input's shape without the features, true at valid steps of padded input
+        - output: :math:`(T, B, D \cdot H)` in the form of input; with ``return_last``
+          :math:`(B, D \cdot H)`, or :math:`(D \cdot H)`
 
     Outputs: output, h_n
 
@@ -174,6 +210,10 @@ class IndRNN(OneStateCalls):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        weight_dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        return_last: bool = False,
+        residual: bool = False,
     ) -> None:
         _check_nonlinearity(nonlinearity)
         self.nonlinearity = nonlinearity
@@ -191,7 +231,7 @@ class IndRNN(OneStateCalls):
             setattr(self, name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self._init_flat_weights()
         self.reset_parameters()
-        self._set_recompute(recompute)
+        self._set_options(recompute, weight_dropout, input_dropout, residual, return_last)
 
     def reset_parameters(self) -> None:
         """Draw the initial weights anew."""
@@ -201,3 +241,85 @@ class IndRNN(OneStateCalls):
                 nn.init.uniform_(weight, 0.0, 1.0)
             else:
                 nn.init.uniform_(weight, -bound, bound)
+
+    def _recurrent(self, what: str, of_last_layer: bool = False) -> list[Parameter]:
+        """u of all passes, or those of the last layer."""
+        names = [name for name in self._flat_weights_names if name.startswith("weight_hh")]
+        if of_last_layer:
+            names = names[-2 if self.bidirectional else -1 :]
+        found = [self._parameters.get(name) for name in names]
+        for name, u in zip(names, found):
+            if u is None:
+                raise RuntimeError(
+                    f"rnnfast: {what} changes recurrent weights that are parameters, got {name}, "
+                    "which is computed from others (by a parametrization, say)"
+                )
+        return [u for u in found if u is not None]
+
+    def constrain_(self, seq_len: int, gamma: float = 2.0) -> Self:
+        r"""Clamp the recurrent weights in place, so that gradients do not explode over a sequence.
+
+        .. math::
+            |u| \le \gamma^{1/T}
+
+        With relu a gradient grows by at most :math:`\gamma` over :math:`T` steps then (Li et al.
+        2018, arXiv:1803.04831, section 3). Call it after each ``optimizer.step()``.
+
+        Args:
+            seq_len: number of steps :math:`T`, of the longest sequence
+            gamma: the most that a gradient may grow by
+
+        Returns:
+            the layer itself
+
+        Raises:
+            ValueError: ``seq_len`` below 1, or a ``gamma`` that is not above 0 and finite
+            RuntimeError: recurrent weights that are no parameters
+
+        Example::
+
+            >>> layer = rnnfast.IndRNN(10, 20, 4, residual=True).constrain_(784)
+        """
+        bound = _root("constrain_", "gamma", gamma, seq_len)
+        with torch.no_grad():
+            for u in self._recurrent("constrain_"):
+                u.clamp_(-bound, bound)
+        return self
+
+    def init_memory_(self, seq_len: int, gamma: float = 2.0, epsilon: float = 0.5) -> Self:
+        r"""Draw the recurrent weights of the last layer anew, for memory over a whole sequence.
+
+        .. math::
+            u \sim \mathcal{U}(\epsilon^{1/T}, \gamma^{1/T})
+
+        What enters at the first of :math:`T` steps then counts at the last between
+        :math:`\epsilon` and :math:`\gamma` times as much (Li et al. 2018, arXiv:1803.04831, whose
+        authors' programs begin so where the last step alone is read). Other layers stay.
+
+        Args:
+            seq_len: number of steps :math:`T`
+            gamma: upper bound of what is left, as in :meth:`constrain_`
+            epsilon: lower bound, above 0
+
+        Returns:
+            the layer itself
+
+        Raises:
+            ValueError: ``seq_len`` below 1, bounds that are not above 0 and finite, or in the wrong
+                order
+            RuntimeError: recurrent weights that are no parameters
+
+        Example::
+
+            >>> layer = rnnfast.IndRNN(2, 128, 2, return_last=True).init_memory_(500)
+        """
+        high = _root("init_memory_", "gamma", gamma, seq_len)
+        low = _root("init_memory_", "epsilon", epsilon, seq_len)
+        if low > high:
+            raise ValueError(
+                "rnnfast: epsilon of init_memory_ must be at most gamma, got "
+                f"epsilon={epsilon}, gamma={gamma}"
+            )
+        for u in self._recurrent("init_memory_", of_last_layer=True):
+            nn.init.uniform_(u, low, high)
+        return self

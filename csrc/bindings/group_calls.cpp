@@ -33,7 +33,7 @@ int count_passes(const Tensors& passes, size_t each, bool chained) {
 
 std::vector<ForwardCall> forward_calls(const Tensor& x, const Tensors& passes,
                                        const OptionalTensor& batch_sizes, int64_t cell,
-                                       bool chained, bool save, int apart) {
+                                       bool chained, bool save, int apart, bool only_last) {
   const int count = count_passes(passes, kOfForward, chained);
   std::vector<ForwardCall> calls;
   calls.reserve(count);
@@ -42,7 +42,8 @@ std::vector<ForwardCall> forward_calls(const Tensor& x, const Tensors& passes,
     calls.emplace_back(
         chained && i > 0 ? std::get<0>(calls[i - 1].result) : x, pass_of(passes, first),
         batch_sizes, passes[first + 8].has_value(), cell, !chained && i == 1, save,
-        chained && !save && i >= apart ? &std::get<0>(calls[i - apart].result) : nullptr);
+        chained && !save && i >= apart ? &std::get<0>(calls[i - apart].result) : nullptr, 0,
+        only_last && (!chained || i + 1 == count));
   }
   if (!chained) check_alike(calls[0].layer, calls[1].layer);
   return calls;

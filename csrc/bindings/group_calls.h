@@ -20,10 +20,10 @@ int count_passes(const Tensors& passes, size_t each, bool chained);
 // the other wrote what nobody reads any more.
 constexpr int kNeverReuse = std::numeric_limits<int>::max();
 
-// Calls of forward, in the order of the passes.
+// Calls of forward, in the order of the passes. `only_last`: without the outputs of the last layer.
 std::vector<ForwardCall> forward_calls(const Tensor& x, const Tensors& passes,
                                        const OptionalTensor& batch_sizes, int64_t cell,
-                                       bool chained, bool save, int apart);
+                                       bool chained, bool save, int apart, bool only_last = false);
 
 // What backward is given, pass by pass, and the order in which it runs them: layers from the last
 // to the first.

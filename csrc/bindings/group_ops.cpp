@@ -13,11 +13,12 @@ int layers_apart(const Threads& threads) { return std::max(1, threads.count) + 1
 
 // Gives y, h_n, c_n and saved of each pass; of chained ones that save nothing, only the last y may
 // be read.
-std::vector<Tensor> forward_group(Tensor x, Tensors passes, OptionalTensor batch_sizes,
-                                  int64_t cell, bool chained, bool save) {
+std::vector<Tensor> run_group(const Tensor& x, const Tensors& passes,
+                              const OptionalTensor& batch_sizes, int64_t cell, bool chained,
+                              bool save, bool only_last) {
   const Threads threads = torch_threads();
   const auto calls =
-      forward_calls(x, passes, batch_sizes, cell, chained, save, layers_apart(threads));
+      forward_calls(x, passes, batch_sizes, cell, chained, save, layers_apart(threads), only_last);
   const int count = static_cast<int>(calls.size());
   const auto packed = [&](int i) -> const OptionalTensor& { return passes[kOfForward * i + 8]; };
   for (int i = 0; i < count; ++i) check_packed(packed(i));
@@ -35,6 +36,17 @@ std::vector<Tensor> forward_group(Tensor x, Tensors passes, OptionalTensor batch
   std::vector<Tensor> results;
   for (const ForwardCall& call : calls) append(results, call.result);
   return results;
+}
+
+std::vector<Tensor> forward_group(Tensor x, Tensors passes, OptionalTensor batch_sizes,
+                                  int64_t cell, bool chained, bool save) {
+  return run_group(x, passes, batch_sizes, cell, chained, save, false);
+}
+
+// Saves nothing; the outputs of the last layer are empty.
+std::vector<Tensor> forward_group_last(Tensor x, Tensors passes, OptionalTensor batch_sizes,
+                                       int64_t cell, bool chained) {
+  return run_group(x, passes, batch_sizes, cell, chained, false, true);
 }
 
 // Each pass ends with y, saved, dy, dh_n, dc_n; of chained ones only the last has a dy. Gives the
@@ -82,11 +94,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
       "forward_group(Tensor x, Tensor?[] passes, Tensor? batch_sizes, int cell, bool chained, bool "
       "save) -> Tensor[]");
   m.def(
+      "forward_group_last(Tensor x, Tensor?[] passes, Tensor? batch_sizes, int cell, bool chained) "
+      "-> Tensor[]");
+  m.def(
       "backward_group(Tensor x, Tensor?[] passes, Tensor? batch_sizes, int cell, bool chained, "
       "int[] needs) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("forward_group", TORCH_BOX(&rnnfast::forward_group));
+  m.impl("forward_group_last", TORCH_BOX(&rnnfast::forward_group_last));
   m.impl("backward_group", TORCH_BOX(&rnnfast::backward_group));
 }

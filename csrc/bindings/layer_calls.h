@@ -24,24 +24,27 @@ struct Pass {
 struct ForwardCall {
   CheckedLayer layer;
   ForwardResult result;
-  bool save;
+  bool save, last;
 
   // `packed`: of the weights only the shapes count. `used`: a y that nobody reads any more, for
   // this one if it has the same shape. `saved_rows`: room in `saved` for more rows than there are.
+  // `only_last`: without y, of which h_n is the last step.
   ForwardCall(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes, bool packed,
               int64_t cell, bool reverse, bool saves, const Tensor* used = nullptr,
-              int64_t saved_rows = 0)
+              int64_t saved_rows = 0, bool only_last = false)
       : layer({x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, batch_sizes, d.reset, cell,
                reverse, packed}),
-        result(room(layer, saves, used, saved_rows)),
-        save(saves) {}
+        result(room(layer, saves, used, saved_rows, only_last)),
+        save(saves),
+        last(only_last) {}
 
   static ForwardResult room(const CheckedLayer& layer, bool save, const Tensor* used,
-                            int64_t saved_rows) {
+                            int64_t saved_rows, bool last) {
     const ScalarType dtype = layer.dtype, kept = accumulator_dtype(dtype);
     const Place at = layer.place;
     const bool fits = used && used->size(used->dim() - 1) == layer.output_size;
-    return {fits                ? *used
+    return {last                ? empty({0}, dtype, at)
+            : fits              ? *used
             : layer.packed_rows ? empty({layer.rows, layer.output_size}, dtype, at)
                                 : empty({layer.seq_len, layer.batch, layer.output_size}, dtype, at),
             empty({layer.batch, layer.output_size}, dtype, at),
@@ -55,7 +58,7 @@ struct ForwardCall {
   ForwardArgs<scalar_t> args() const {
     ForwardArgs<scalar_t> args{};
     layer.fill(args);
-    args.y = out<scalar_t>(std::get<0>(result));
+    args.y = last ? nullptr : out<scalar_t>(std::get<0>(result));
     args.h_n = out<scalar_t>(std::get<1>(result));
     args.c_n = out<scalar_t>(std::get<2>(result));
     args.saved = save ? out<accumulator_of<scalar_t>>(std::get<3>(result)) : nullptr;

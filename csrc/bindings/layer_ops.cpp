@@ -4,11 +4,9 @@
 
 namespace rnnfast {
 
-ForwardResult cpu_forward(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
-                          const OptionalTensor& packed, int64_t cell, bool reverse, bool save,
-                          int64_t saved_rows) {
-  const ForwardCall call(x, d, batch_sizes, packed.has_value(), cell, reverse, save, nullptr,
-                         saved_rows);
+namespace {
+
+ForwardResult run(const ForwardCall& call, const OptionalTensor& packed, int64_t cell) {
   check_packed(packed);
   if (call.layer.empty()) return call.result;
   const Isa isa = active_isa();
@@ -20,6 +18,15 @@ ForwardResult cpu_forward(const Tensor& x, const Pass& d, const OptionalTensor& 
   return call.result;
 }
 
+}  // namespace
+
+ForwardResult cpu_forward(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
+                          const OptionalTensor& packed, int64_t cell, bool reverse, bool save,
+                          int64_t saved_rows) {
+  return run({x, d, batch_sizes, packed.has_value(), cell, reverse, save, nullptr, saved_rows},
+             packed, cell);
+}
+
 namespace {
 
 ForwardResult forward(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh,
@@ -28,6 +35,18 @@ ForwardResult forward(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_i
                       int64_t cell, bool reverse, bool save) {
   return cpu_forward(x, {h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, batch_sizes, packed, cell,
                      reverse, save);
+}
+
+std::tuple<Tensor, Tensor> forward_last(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
+                                        Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                        OptionalTensor w_hr, OptionalTensor batch_sizes,
+                                        OptionalTensor reset, OptionalTensor packed, int64_t cell,
+                                        bool reverse) {
+  const Pass pass{h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset};
+  const auto result =
+      run({x, pass, batch_sizes, packed.has_value(), cell, reverse, false, nullptr, 0, true},
+          packed, cell);
+  return {std::get<1>(result), std::get<2>(result)};
 }
 
 Tensor widened(const Tensor& tensor) {
@@ -136,6 +155,10 @@ STABLE_TORCH_LIBRARY(rnnfast, m) {
       "(Tensor, Tensor, "
       "Tensor, Tensor)");
   m.def(
+      "forward_last(Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
+      "Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, Tensor? reset, Tensor? packed, int cell, "
+      "bool reverse) -> (Tensor, Tensor)");
+  m.def(
       "backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor "
       "w_ih, Tensor w_hh, "
       "Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, Tensor? reset, Tensor y, "
@@ -151,6 +174,7 @@ STABLE_TORCH_LIBRARY(rnnfast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("forward", TORCH_BOX(&rnnfast::forward));
+  m.impl("forward_last", TORCH_BOX(&rnnfast::forward_last));
   m.impl("backward", TORCH_BOX(&rnnfast::backward));
   m.impl("gate_gradients", TORCH_BOX(&rnnfast::gate_gradients));
 }

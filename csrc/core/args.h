@@ -50,7 +50,7 @@ struct ForwardArgs : LayerArgs<scalar_t> {
   const char* packed;  // panels from pack(), or null: then the weights above are not read
   // For weights in groups, or null; the same whatever the number of threads.
   DotProduct dot_ih, dot_hh;
-  scalar_t* y;          // (N, P)
+  scalar_t* y;          // (N, P); null: only the last step is asked for
   scalar_t *h_n, *c_n;  // (B, P), (S-1, B, H)
   // (N, planes, H) or null: K gate planes, S-1 states, then (with w_hr) h before the projection.
   accumulator_of<scalar_t>* saved;

@@ -432,7 +432,7 @@ class ForwardPass {
       return;
     }
     put(h_next + b * s_.h_row + unit, s_.h_row, kLanes, state[0]);
-    put(args_.y + row * args_.output_size + unit, args_.output_size, left, state[0]);
+    if (args_.y) put(args_.y + row * args_.output_size + unit, args_.output_size, left, state[0]);
     for (int r = 0; r < kRows; ++r) {
       if (!last[r]) continue;
       V part[kRows * kSide];
@@ -470,7 +470,9 @@ class ForwardPass {
       }
       for (int64_t r = 0; r < count; ++r) {
         const int64_t b = mine_.rows.begin + r;
-        convert(valid, out + r * s_.h_row, args_.y + (first_row(args_, t) + b) * outputs + column);
+        if (args_.y)
+          convert(valid, out + r * s_.h_row,
+                  args_.y + (first_row(args_, t) + b) * outputs + column);
         if (is_last(t, b)) convert(valid, out + r * s_.h_row, args_.h_n + b * outputs + column);
       }
     }

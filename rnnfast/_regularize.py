@@ -1,0 +1,247 @@
+"""What the layers may do around their cells: dropped recurrent weights, one input mask a sequence,
+residual connections, the last step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _rows
+
+
+class Options(NamedTuple):
+    """Of one call: probabilities are zero outside of training."""
+
+    weight_dropout: float = 0.0
+    input_dropout: float = 0.0
+    residual: bool = False
+    return_last: bool = False
+
+
+PLAIN = Options()
+NAMES = Options._fields
+
+
+def check(name: str, options: Options) -> Options:
+    """The options themselves, or an error."""
+    for option, value in zip(NAMES, options):
+        if isinstance(getattr(PLAIN, option), bool):
+            if value is not True and value is not False:
+                raise TypeError(
+                    f"rnnfast: {option} of {name} must be a bool, got {type(value).__name__}"
+                )
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise ValueError(
+                f"rnnfast: {option} of {name} must be a number in [0, 1), got {value!r}"
+            )
+    return options
+
+
+def of_module(name: str, module: Any) -> Options:
+    """The options of a call of a layer now: they are attributes, which may be set at any time."""
+    weights, inputs = module.weight_dropout, module.input_dropout
+    residual, last = module.residual, module.return_last
+    if not (weights or inputs or residual or last):
+        return PLAIN
+    options = check(name, Options(weights, inputs, residual, last))
+    return options if module.training else options._replace(weight_dropout=0.0, input_dropout=0.0)
+
+
+def of_step(name: str, module: Any) -> Options:
+    """The options of one step of a stream, whose output is that of the last step anyway."""
+    if not (module.weight_dropout or module.input_dropout or module.residual):
+        return PLAIN
+    options = of_module(name, module)._replace(return_last=False)
+    for option in ("weight_dropout", "input_dropout"):
+        if getattr(options, option):
+            raise RuntimeError(
+                f"rnnfast: {option} has one mask a sequence, and step would draw one a step; call "
+                "forward with the sequence, or eval() for a stream"
+            )
+    return options if options.residual else PLAIN
+
+
+def of_function(
+    name: str, training: bool, weight_dropout: Any, input_dropout: Any, residual: Any, last: Any
+) -> Options:
+    """The options of a call of a function."""
+    options = check(name, Options(weight_dropout, input_dropout, residual, last))
+    return options if training else options._replace(weight_dropout=0.0, input_dropout=0.0)
+
+
+def text(module: Any) -> str:
+    """Those that are set, as extra_repr has them."""
+    found = {name: getattr(module, name) for name in NAMES}
+    return "".join(f", {name}={value}" for name, value in found.items() if value)
+
+
+def _drop_weights(weights: Sequence[Any], each: int, p: float, packed: Any) -> list[Any]:
+    """The weights of all passes with a mask of its own on each w_hh, which is the second of
+    `each`."""
+    if packed is not None:
+        raise RuntimeError(
+            "rnnfast: weight_dropout drops weights anew in each call in training, got a frozen "
+            "layer, whose weights were packed before; call eval() or unfreeze()"
+        )
+    return [torch.dropout(w, p, True) if i % each == 1 else w for i, w in enumerate(weights)]
+
+
+class _Sequences:
+    """Where the steps of each sequence stand: in padded x, or among packed rows."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        order: Tensor | None,
+        h0: Tensor | None,
+    ) -> None:
+        self._lengths, self._order = lengths, order
+        self._sizes: Tensor | None = None
+        if batch_sizes is None:
+            self._batch = x.size(1)
+            return
+        self._sizes = _rows.on_device(batch_sizes, x.device)
+        self._sequence = _rows.places(self._sizes, x.size(0))[1]
+        if order is not None:
+            self._batch = order.size(0)
+        elif h0 is not None:
+            self._batch = h0.size(1)
+        elif torch.compiler.is_compiling():
+            self._batch = x.size(0)  # at least as many; a graph must not read how many
+        else:
+            self._batch = int(batch_sizes[0])
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        """x with one mask (B, features) at all steps of a sequence, scaled by 1/(1-p). It is drawn
+        in the order of the batch: packing changes no mask."""
+        mask = torch.dropout(x.new_ones(self._batch, x.size(-1)), p, True)
+        if self._sizes is not None:
+            mask = mask if self._order is None else mask.index_select(0, self._order)
+            mask = mask.index_select(0, self._sequence)
+        return x * mask
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """x with zeros where a graph has padding: a layer's own output has them."""
+        if self._lengths is None:
+            return x
+        valid = torch.arange(x.size(0), device=x.device).unsqueeze(1) < self._lengths.to(x.device)
+        return torch.where(valid.unsqueeze(-1), x, 0)
+
+    def ends(self, x: Tensor, directions: int, batch: int) -> Tensor:
+        """(B, features): x at the last step of each sequence, for a second direction (the second
+        half of the features) at the first."""
+        if self._sizes is not None:
+            last = x.index_select(0, _rows.last_rows(self._sizes, batch))
+        elif self._lengths is not None:
+            at = (self._lengths.to(x.device) - 1).view(1, -1, 1)
+            last = x.gather(0, at.expand(-1, -1, x.size(-1))).squeeze(0)
+        else:
+            last = x[-1]
+        if directions == 1:
+            return last
+        first = x[:batch] if self._sizes is not None else x[0]
+        half = x.size(-1) // 2
+        return torch.cat([last[:, :half], first[:, half:]], -1)
+
+
+def _of_last_layer(h_n: Tensor, directions: int) -> Tensor:
+    # no view: it would change with h_n
+    return h_n[-1].clone() if directions == 1 else torch.cat([h_n[-2], h_n[-1]], -1)
+
+
+def _layer_by_layer(
+    stack: Callable[..., Any],
+    options: Options,
+    spec: Any,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Any],
+    bias: bool,
+    num_layers: int,
+    directions: int,
+    dropout: float,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    packed: Sequence[Tensor] | None,
+    lengths: Tensor | None,
+    recompute: bool,
+    order: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """y, what is added to its last step, h_n, c_n: with something of torch's between the layers."""
+    sequences = _Sequences(x, batch_sizes, lengths, order, h0)
+    each = len(weights) // num_layers
+    y = sequences.without_padding(x) if options.residual else x
+    added: Tensor | None = None
+    states: list[tuple[Tensor, Tensor]] = []
+    for k in range(num_layers):
+        entered, here, last = y, slice(k * directions, (k + 1) * directions), k == num_layers - 1
+        if options.input_dropout:
+            y = sequences.drop(y, options.input_dropout)
+        y, h_n, c_n = stack(
+            spec, y, None if h0 is None else h0[here], None if c0 is None else c0[here],
+            weights[k * each : (k + 1) * each], bias, 1, directions, 0.0, batch_sizes, reset,
+            None if packed is None else packed[here], lengths, recompute,
+            last and options.return_last,
+        )  # fmt: skip
+        states.append((h_n, c_n))
+        if options.residual and entered.size(-1) == directions * h_n.size(-1):
+            if last and options.return_last:
+                added = sequences.ends(entered, directions, h_n.size(1))
+            else:
+                y = entered + y
+        if dropout and not last:
+            y = torch.dropout(y, dropout, True)
+    return y, added, torch.cat([h for h, _ in states]), torch.cat([c for _, c in states])
+
+
+def run(
+    stack: Callable[..., Any],
+    options: Options,
+    empty: Tensor | None,
+    order: Tensor | None,
+    spec: Any,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Any],
+    bias: bool,
+    num_layers: int,
+    directions: int,
+    dropout: float,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    packed: Sequence[Tensor] | None,
+    lengths: Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """_run.stack (`stack`) with options: y, its last step if that alone is asked for, h_n, c_n.
+    empty: which sequences have no step, only one of zeros; order: that of packed rows."""
+    if options.weight_dropout:
+        each = len(weights) // (num_layers * directions)
+        weights = _drop_weights(weights, each, options.weight_dropout, packed)
+    given = h0, c0
+    if empty is not None:  # a state that nothing is computed from reaches no gradient
+        h0, c0 = (None if s is None else torch.where(empty, 0, s) for s in given)
+    args = (
+        spec, x, h0, c0, weights, bias, num_layers, directions, dropout, batch_sizes, reset, packed,
+        lengths, recompute,
+    )  # fmt: skip
+    added: Tensor | None = None
+    if options.residual or options.input_dropout:
+        y, added, h_n, c_n = _layer_by_layer(stack, options, *args, order)
+    else:
+        y, h_n, c_n = stack(*args, options.return_last)
+    if empty is not None:
+        h_n = torch.where(empty, 0 if given[0] is None else given[0], h_n)
+        if spec.states > 1:
+            c_n = torch.where(empty, 0 if given[1] is None else given[1], c_n)
+    if not options.return_last:
+        return y, None, h_n, c_n
+    last = _of_last_layer(h_n, directions)
+    return y, last if added is None else last + added, h_n, c_n
