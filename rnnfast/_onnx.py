@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import _lengths, ops
+from . import _last, _lengths, ops
 from .cells import CELLS
 
 __all__ = ["onnx_translations"]
@@ -140,8 +140,12 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
         check(w_hr, reset, packed, save)
         return _node(op, x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths, cell, reverse)
 
+    def forward_last(*args: Any) -> Any:
+        return forward(*args, False)[1:3]
+
     return {
         ops.forward: forward,
+        _last.forward_last: forward_last,
         _lengths.forward: forward_lengths,
         ops.pack_int8: quantized,
     }

@@ -40,42 +40,45 @@ def check(name: str, options: Options) -> Options:
     return options
 
 
+def _now(options: Options, training: bool) -> Options:
+    if not training:
+        options = options._replace(weight_dropout=0.0, input_dropout=0.0)
+    return PLAIN if options == PLAIN else options
+
+
 def of_module(name: str, module: Any) -> Options:
     """The options of a call of a layer now: they are attributes, which may be set at any time."""
     weights, inputs = module.weight_dropout, module.input_dropout
     residual, last = module.residual, module.return_last
     if not (weights or inputs or residual or last):
         return PLAIN
-    options = check(name, Options(weights, inputs, residual, last))
-    return options if module.training else options._replace(weight_dropout=0.0, input_dropout=0.0)
+    return _now(check(name, Options(weights, inputs, residual, last)), module.training)
 
 
 def of_step(name: str, module: Any) -> Options:
     """The options of one step of a stream, whose output is that of the last step anyway."""
     if not (module.weight_dropout or module.input_dropout or module.residual):
         return PLAIN
-    options = of_module(name, module)._replace(return_last=False)
+    options = of_module(name, module)
     for option in ("weight_dropout", "input_dropout"):
         if getattr(options, option):
             raise RuntimeError(
                 f"rnnfast: {option} has one mask a sequence, and step would draw one a step; call "
                 "forward with the sequence, or eval() for a stream"
             )
-    return options if options.residual else PLAIN
+    return Options(residual=True) if options.residual else PLAIN
 
 
 def of_function(
     name: str, training: bool, weight_dropout: Any, input_dropout: Any, residual: Any, last: Any
 ) -> Options:
     """The options of a call of a function."""
-    options = check(name, Options(weight_dropout, input_dropout, residual, last))
-    return options if training else options._replace(weight_dropout=0.0, input_dropout=0.0)
+    return _now(check(name, Options(weight_dropout, input_dropout, residual, last)), training)
 
 
 def text(module: Any) -> str:
     """Those that are set, as extra_repr has them."""
-    found = {name: getattr(module, name) for name in NAMES}
-    return "".join(f", {name}={value}" for name, value in found.items() if value)
+    return "".join(f", {name}={getattr(module, name)}" for name in NAMES if getattr(module, name))
 
 
 def _drop_weights(weights: Sequence[Any], each: int, p: float, packed: Any) -> list[Any]:

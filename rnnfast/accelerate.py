@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import _cuda
+from . import _cuda, _regularize
 from ._checks import DTYPES
 from ._layer import Layer
 from .cell_modules import GRUCell, LSTMCell, RNNCell
@@ -204,6 +204,8 @@ def restore(model: _Model) -> _Model:
 
     Raises:
         TypeError: if ``model`` is no :class:`torch.nn.Module`
+        RuntimeError: if a layer was given an option since that torch.nn has not (``weight_dropout``
+            or ``return_last``, say); nothing is changed then
 
     Example::
 
@@ -211,12 +213,24 @@ def restore(model: _Model) -> _Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"rnnfast: restore needs a torch.nn.Module, got {type(model).__name__}")
-    for name, module in model.named_modules():
-        if module.__dict__.get(_MARK, False) and type(module) in _PLAIN:
-            for ours in (_MARK, "_frozen", "recompute"):
-                module.__dict__.pop(ours, None)
-            module.__class__ = _PLAIN[type(module)]
-            if isinstance(module, nn.RNNBase):
-                module._init_flat_weights()  # as cuDNN wants them
-            _log.info("restored %s: torch.nn.%s", name or "the model itself", type(module).__name__)
+    swapped = [
+        (name, module)
+        for name, module in model.named_modules()
+        if module.__dict__.get(_MARK, False) and type(module) in _PLAIN
+    ]
+    for name, module in swapped:
+        options = _regularize.text(module) if isinstance(module, Layer) else ""
+        if options:
+            raise RuntimeError(
+                f"rnnfast: restore gives back torch.nn's layers, which compute without options of "
+                f"rnnfast, got {name or 'the model itself'} with {options.removeprefix(', ')}; "
+                "set them to their defaults first"
+            )
+    for name, module in swapped:
+        for ours in (_MARK, "_frozen", "recompute", "forget_bias", *_regularize.NAMES):
+            module.__dict__.pop(ours, None)
+        module.__class__ = _PLAIN[type(module)]
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # as cuDNN wants them
+        _log.info("restored %s: torch.nn.%s", name or "the model itself", type(module).__name__)
     return model

@@ -289,7 +289,8 @@ def _layer_rows(name: str, module: nn.Module, x: Any, seq_len: int, batch: int) 
                 return None  # one pass after the other, a chunk at a time
             if m.bidirectional:
                 return Beside(2, False, direction, inputs)
-            if m.num_layers == 1 or (m.training and m.dropout > 0):
+            between = m.residual or (m.training and (m.dropout > 0 or m.input_dropout > 0))
+            if m.num_layers == 1 or between:
                 return None
             return Beside(m.num_layers, True, layer, m.input_size)
 

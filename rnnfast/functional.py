@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _run
+from . import _regularize, _run
+from ._cell_functions import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 from ._checks import check_dense
 from ._signatures import Input as Form
 from ._signatures import States
@@ -60,50 +61,29 @@ _LAYER_DOC = r"""{what}
         reset: true at the first step of each new sequence, as :class:`rnnfast.LSTM` takes it
         lengths: valid steps of each row of padded input, as :class:`rnnfast.LSTM` takes them
         recompute: {recompute}
+        mask: true at the valid steps of padded input, as :class:`rnnfast.LSTM` takes it
+        weight_dropout, input_dropout: probability of an entry of w_hh (one mask a call), and of a
+            feature of a layer's input (one mask a sequence), being zeroed in training
+        return_last: the output is that of the last step only{residual}
 
     Shape:
         - input: :math:`(T, B, I)`, :math:`(B, T, I)` if ``batch_first``, :math:`(T, I)`, or packed
         - hx: :math:`(D \cdot L, B, H)`, or :math:`(D \cdot L, H)` for unbatched input{projection}
-        - reset: bool, input's shape without the features
+        - reset, mask: bool, input's shape without the features
         - lengths: integers, :math:`(B)`
-        - Output: ``(output, {out})`` of the same forms, :math:`D \cdot H` features
+        - Output: ``(output, {out})`` of the same forms, :math:`D \cdot H` features; with
+          ``return_last`` an output of :math:`(B, D \cdot H)`
 
     Raises:
         RuntimeError: a size, device or number of weights that does not fit
-        ValueError: an input of the wrong rank or dtype, ``dropout`` outside of [0, 1]
+        ValueError: an input of the wrong rank or dtype, ``dropout`` outside of [0, 1],
+            ``weight_dropout`` or ``input_dropout`` outside of [0, 1)
         TypeError: weights, hx or options of another type
 
     Example::
 
         >>> x, layer = torch.randn(5, 3, 10), rnnfast.{module}
         >>> output, {out_names} = rnnfast.functional.{name}(x, None, layer.all_weights[0])
-    """
-
-_CELL_DOC = r"""One step of {module}.
-
-    Args:
-        input: features of this step
-        hx: state before it{pair}; ``None`` means zeros
-        w_ih, w_hh: weights, gates in torch.nn's order
-        b_ih, b_hh: biases, or ``None``
-
-    Shape:
-        - input: :math:`(B, I)`
-        - hx: :math:`(B, H)`{each}
-        - w_ih: :math:`({gates}H, I)`; w_hh: :math:`({gates}H, H)`; b_ih, b_hh: :math:`({gates}H)`
-        - Output: as hx
-
-    Raises:
-        RuntimeError: a size, dtype or device that does not fit
-        TypeError: what is no tensor
-
-    Example::
-
-        >>> c = rnnfast.{module}(10, 20)
-        >>> x, h = torch.randn(3, 10), torch.zeros(3, 20)
-        >>> out = rnnfast.functional.{name}(
-        ...     x, {hx}, c.weight_ih, c.weight_hh, c.bias_ih, c.bias_hh
-        ... )
     """
 
 
@@ -132,8 +112,16 @@ def _layer(
     bidirectional: bool,
     lengths: Tensor | None,
     recompute: bool,
+    mask: Tensor | None,
+    weight_dropout: float,
+    input_dropout: float,
+    return_last: bool,
+    residual: bool = False,
 ) -> tuple[Any, Any]:
     _check_options(num_layers, bias, dropout)
+    options = _regularize.of_function(
+        name, training, weight_dropout, input_dropout, residual, return_last
+    )
     count = num_layers * (2 if bidirectional else 1)
     each = 4 if bias else 2
     if not isinstance(weights, Iterable):
@@ -174,6 +162,8 @@ def _layer(
         None,
         lengths,
         recompute,
+        mask,
+        options,
     )
 
 
@@ -191,12 +181,17 @@ def lstm(
     reset: Input | None = None,
     lengths: Tensor | None = None,
     recompute: bool = False,
+    mask: Tensor | None = None,
+    weight_dropout: float = 0.0,
+    input_dropout: float = 0.0,
+    return_last: bool = False,
 ) -> tuple[Form, States]:
     if isinstance(hx, (tuple, list)) and len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
     return _layer(
         "LSTM", _LSTM, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional, lengths, recompute,
+        training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
+        return_last,
     )  # fmt: skip
 
 
@@ -214,10 +209,15 @@ def gru(
     reset: Input | None = None,
     lengths: Tensor | None = None,
     recompute: bool = False,
+    mask: Tensor | None = None,
+    weight_dropout: float = 0.0,
+    input_dropout: float = 0.0,
+    return_last: bool = False,
 ) -> tuple[Form, Tensor]:
     return _layer(
         "GRU", _GRU, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional, lengths, recompute,
+        training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
+        return_last,
     )  # fmt: skip
 
 
@@ -235,10 +235,15 @@ def rnn_tanh(
     reset: Input | None = None,
     lengths: Tensor | None = None,
     recompute: bool = False,
+    mask: Tensor | None = None,
+    weight_dropout: float = 0.0,
+    input_dropout: float = 0.0,
+    return_last: bool = False,
 ) -> tuple[Form, Tensor]:
     return _layer(
         "RNN", _RNN_TANH, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional, lengths, recompute,
+        training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
+        return_last,
     )  # fmt: skip
 
 
@@ -256,10 +261,15 @@ def rnn_relu(
     reset: Input | None = None,
     lengths: Tensor | None = None,
     recompute: bool = False,
+    mask: Tensor | None = None,
+    weight_dropout: float = 0.0,
+    input_dropout: float = 0.0,
+    return_last: bool = False,
 ) -> tuple[Form, Tensor]:
     return _layer(
         "RNN", _RNN_RELU, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional, lengths, recompute,
+        training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
+        return_last,
     )  # fmt: skip
 
 
@@ -277,10 +287,16 @@ def indrnn_tanh(
     reset: Input | None = None,
     lengths: Tensor | None = None,
     recompute: bool = False,
+    mask: Tensor | None = None,
+    weight_dropout: float = 0.0,
+    input_dropout: float = 0.0,
+    return_last: bool = False,
+    residual: bool = False,
 ) -> tuple[Form, Tensor]:
     return _layer(
         "IndRNN", _INDRNN_TANH, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional, lengths, recompute,
+        training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
+        return_last, residual,
     )  # fmt: skip
 
 
@@ -298,88 +314,17 @@ def indrnn_relu(
     reset: Input | None = None,
     lengths: Tensor | None = None,
     recompute: bool = False,
+    mask: Tensor | None = None,
+    weight_dropout: float = 0.0,
+    input_dropout: float = 0.0,
+    return_last: bool = False,
+    residual: bool = False,
 ) -> tuple[Form, Tensor]:
     return _layer(
         "IndRNN", _INDRNN_RELU, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
-        training, bidirectional, lengths, recompute,
+        training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
+        return_last, residual,
     )  # fmt: skip
-
-
-_ONE_STATE = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
-_TWO_STATES = ("input", "hx[0]", "hx[1]", "w_ih", "w_hh", "b_ih", "b_hh")
-_MAY_BE_NONE = ("hx", "b_ih", "b_hh")
-
-
-def _check_tensors(names: tuple[str, ...], *tensors: Any) -> None:
-    for tensor, name in zip(tensors, names, strict=True):
-        if not isinstance(tensor, Tensor):
-            if tensor is None and name in _MAY_BE_NONE:
-                continue
-            raise TypeError(f"rnnfast: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.layout is not torch.strided:
-            check_dense(tensor, name)
-        if name.startswith("w") and tensor.dim() != 2:
-            letters = "(G*H, I)" if name == "w_ih" else "(G*H, H)"
-            raise RuntimeError(
-                f"rnnfast: {name} must have shape {letters}, got {tuple(tensor.shape)}"
-            )
-
-
-def lstm_cell(
-    input: Tensor,
-    hx: States | Sequence[Tensor] | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> States:
-    if not isinstance(hx, (tuple, list)) and hx is not None:
-        raise TypeError(f"rnnfast: hx must be a tuple (h, c), got {type(hx).__name__}")
-    if hx is not None and len(hx) != 2:
-        raise RuntimeError("lstm_cell expects two hidden states")
-    if hx is None:
-        _check_tensors(_ONE_STATE, input, hx, w_ih, w_hh, b_ih, b_hh)
-        h, c = _run.cell(_LSTM, input, None, None, w_ih, w_hh, b_ih, b_hh)
-    else:
-        _check_tensors(_TWO_STATES, input, *hx, w_ih, w_hh, b_ih, b_hh)
-        h, c = _run.cell(_LSTM, input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh)
-    return h, c.squeeze(0)
-
-
-def gru_cell(
-    input: Tensor,
-    hx: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    _check_tensors(_ONE_STATE, input, hx, w_ih, w_hh, b_ih, b_hh)
-    return _run.cell(_GRU, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
-
-
-def rnn_tanh_cell(
-    input: Tensor,
-    hx: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    _check_tensors(_ONE_STATE, input, hx, w_ih, w_hh, b_ih, b_hh)
-    return _run.cell(_RNN_TANH, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
-
-
-def rnn_relu_cell(
-    input: Tensor,
-    hx: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    _check_tensors(_ONE_STATE, input, hx, w_ih, w_hh, b_ih, b_hh)
-    return _run.cell(_RNN_RELU, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
 _RNN_EQUATION = ":math:`h_t = {act}(W_{{ih}} x_t + b_{{ih}} + W_{{hh}} h_{{t-1}} + b_{{hh}})`"
@@ -388,6 +333,7 @@ _RECOMPUTE = (
     "keep only the states every 64 steps for backward, and compute what lies between\n"
     "            anew there"
 )
+_RESIDUAL = "\n        residual: as :class:`rnnfast.IndRNN` has it"
 _NOTHING_KEPT = "taken, and changes nothing: nothing is kept beyond input and output"
 _DOCS: tuple[tuple[Any, str, str, str], ...] = (
     (
@@ -439,20 +385,6 @@ for _function, _module, _what, _equation in _DOCS:
         projection="; with a projection h_0 has proj_size features" if _two else "",
         out="(h_n, c_n)" if _two else "h_n",
         out_names="(h_n, c_n)" if _two else "h_n",
+        residual=_RESIDUAL if "indrnn" in _function.__name__ else "",
         recompute=_RECOMPUTE if cell_spec(_function.__name__).saved else _NOTHING_KEPT,
-    )
-for _function, _module, _gates in (
-    (lstm_cell, "LSTMCell", "4"),
-    (gru_cell, "GRUCell", "3"),
-    (rnn_tanh_cell, "RNNCell", ""),
-    (rnn_relu_cell, "RNNCell", ""),
-):
-    _two = _function is lstm_cell
-    _function.__doc__ = _CELL_DOC.format(
-        name=_function.__name__,
-        module=_module,
-        gates=_gates,
-        pair=", ``(h, c)``" if _two else "",
-        each=" each" if _two else "",
-        hx="(h, h)" if _two else "h",
     )

@@ -39,6 +39,7 @@ FILES: tuple[str, ...] = (
     "test_compile",
     "test_export",
     "test_lengths",
+    "test_mask",
     "test_onnx_export",
 )
 Check = Callable[[Any, torch.device], None]
