@@ -131,7 +131,7 @@ def test_memory_of_the_last_layer() -> None:
     low, high = 0.5**0.01, 2**0.01
     for name, w in layer.named_parameters():
         if name.startswith("weight_hh_l1"):
-            assert bool(((w >= low) & (w <= high)).all()) and float(w.max() - w.min()) > 0.01
+            assert bool(((w >= low) & (w <= high)).all()) and float(w.detach().std()) > 0.002
         else:
             torch.testing.assert_close(w, before[name], rtol=0, atol=0)
 
@@ -154,24 +154,27 @@ def test_bounds_that_make_no_sense() -> None:
         layer.constrain_(5)
 
 
-def test_the_adding_problem() -> None:
-    """Two marked numbers out of 60 steps are to be added (Hochreiter & Schmidhuber 1997); to say 1
-    each time has an error of 0.167."""
-    torch.manual_seed(0)
-    steps = 60
-    layer = rnnfast.IndRNN(2, 32, 2, return_last=True).init_memory_(steps)
-    head = nn.Linear(32, 1)
-    optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=3e-3)
-    errors = []
-    for _ in range(300):
-        x = torch.stack([torch.rand(steps, 32), torch.zeros(steps, 32)], -1)
-        for half in (slice(0, steps // 2), slice(steps // 2, steps)):
-            at = torch.randint(steps // 2, (32,))
-            x[half, :, 1][at, torch.arange(32)] = 1
-        error = (head(layer(x)[0]).squeeze(-1) - (x[..., 0] * x[..., 1]).sum(0)).square().mean()
-        optimizer.zero_grad()
-        error.backward()
-        optimizer.step()
-        layer.constrain_(steps)
-        errors.append(float(error.detach()))
-    assert sum(errors[-20:]) / 20 < 0.08, errors[::30]
+def test_it_learns_to_remember() -> None:
+    """The first of 300 steps; who has forgotten it can't do better than its variance, 1/12."""
+
+    def error_of(memory: bool, steps: int = 300) -> float:
+        torch.manual_seed(1)
+        layer = rnnfast.IndRNN(1, 16, 2, bias=False, return_last=True)
+        if memory:
+            layer.init_memory_(steps)
+        head = nn.Linear(16, 1)
+        optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=1e-2)
+        errors = []
+        for _ in range(100):
+            first = torch.rand(32, 1)
+            x = torch.cat([first.unsqueeze(0), torch.zeros(steps - 1, 32, 1)])
+            error = (head(layer(x)[0]) - first).square().mean()
+            optimizer.zero_grad()
+            error.backward()
+            optimizer.step()
+            if memory:
+                layer.constrain_(steps)
+            errors.append(error.detach())
+        return float(torch.stack(errors[-10:]).mean())
+
+    assert error_of(True) < 0.02 < 0.06 < error_of(False)
