@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
 
+from .options import calls_of_options
 from .table import render
 
 
@@ -112,6 +113,18 @@ def uneven(rounds: int) -> list[Line]:
             found = f"{ms['packed'] / ms['even'] / steps:.2f}x"
             what = f"uneven lengths over even ones, {cell} {mode}"
             lines.append(Line(what, sizes(T, B, H), found, "at most 1.1x"))
+    return lines
+
+
+def around_the_cell(rounds: int) -> list[Line]:
+    """Options of the layers against what a user of torch.nn writes, and against no option."""
+    lines = []
+    for cell, T, B, H in (("LSTM", 100, 32, 256), ("GRU", 100, 32, 256)):
+        for option, calls in calls_of_options(cell, T, B, H).items():
+            ms = median_ms(calls, rounds)
+            found = f"{ms['theirs'] / ms['ours']:.2f}x, {ms['ours'] / ms['without']:.2f} of none"
+            what = f"{option} over torch.nn's way, {cell} training"
+            lines.append(Line(what, sizes(T, B, H), found, "more than 1x"))
     return lines
 
 
@@ -263,6 +276,7 @@ def measure(rounds: int) -> list[Line]:
     lines = scaling(rounds) + per_sample(rounds)
     torch.set_num_threads(before)
     lines += uneven(rounds)
+    lines += around_the_cell(rounds)
     lines += side_by_side(rounds)
     lines += overhead(rounds)
     return lines + memory()

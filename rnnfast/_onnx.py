@@ -141,7 +141,7 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
         return _node(op, x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths, cell, reverse)
 
     def forward_last(*args: Any) -> Any:
-        return forward(*args, False)[1:3]
+        return forward(*args, save=False)[1:3]
 
     return {
         ops.forward: forward,

@@ -48,18 +48,25 @@ def _now(options: Options, training: bool) -> Options:
 
 def of_module(name: str, module: Any) -> Options:
     """The options of a call of a layer now: they are attributes, which may be set at any time."""
-    weights, inputs = module.weight_dropout, module.input_dropout
-    residual, last = module.residual, module.return_last
-    if not (weights or inputs or residual or last):
+    own = module.__dict__
+    if not (
+        "weight_dropout" in own
+        or "input_dropout" in own
+        or "residual" in own
+        or "return_last" in own
+    ):  # and not by value: a compiler of dynamic sizes begins anew where it meets a float
         return PLAIN
-    return _now(check(name, Options(weights, inputs, residual, last)), module.training)
+    found = Options(
+        module.weight_dropout, module.input_dropout, module.residual, module.return_last
+    )
+    return _now(check(name, found), module.training)
 
 
 def of_step(name: str, module: Any) -> Options:
     """The options of one step of a stream, whose output is that of the last step anyway."""
-    if not (module.weight_dropout or module.input_dropout or module.residual):
-        return PLAIN
     options = of_module(name, module)
+    if options is PLAIN:
+        return PLAIN
     for option in ("weight_dropout", "input_dropout"):
         if getattr(options, option):
             raise RuntimeError(

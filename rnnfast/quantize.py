@@ -38,6 +38,10 @@ def quantize_rows(w: Tensor, name: str) -> tuple[Tensor, Tensor]:
 class Quantized(nn.Module):
     """What the four quantized layers share; made by :func:`quantize`."""
 
+    weight_dropout = input_dropout = 0.0  # inference only
+    residual: bool = False
+    return_last: bool = False
+
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         source: Any = layer
@@ -50,10 +54,10 @@ class Quantized(nn.Module):
         self.batch_first: bool = source.batch_first
         self.bidirectional: bool = source.bidirectional
         self.proj_size: int = source.proj_size
-        self.dropout = self.weight_dropout = self.input_dropout = 0.0  # inference only
-        # torch.nn's layers have none of these
-        self.residual: bool = getattr(source, "residual", False)
-        self.return_last: bool = getattr(source, "return_last", False)
+        self.dropout = 0.0  # inference only
+        for option in ("residual", "return_last"):
+            if getattr(source, option, False):  # torch.nn's layers have none
+                setattr(self, option, True)
         self._names: tuple[str, ...] = tuple(source._flat_weights_names)
         self._packed: list[Tensor] | None = None
         self._plan: StepPlan | None = None

@@ -166,6 +166,7 @@ def test_every_operator_of_a_layer_is_translated() -> None:
     table = rnnfast.onnx_translations()
     assert {op.name() for op in table} == {
         "rnnfast::forward",
+        "rnnfast::forward_last",
         "rnnfast::forward_lengths",
         "rnnfast::pack_int8",
     }

@@ -40,6 +40,7 @@ FILES: tuple[str, ...] = (
     "test_export",
     "test_lengths",
     "test_mask",
+    "test_return_last",
     "test_onnx_export",
 )
 Check = Callable[[Any, torch.device], None]

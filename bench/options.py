@@ -1,0 +1,79 @@
+"""Options of the layers against the quickest way to the same numbers in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import rnnfast
+
+P = 0.5
+
+
+def _step(call: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A training step of what a call gives."""
+    return torch.autograd.grad(call(*args, **kwargs).sum(), list(layer.parameters()))
+
+
+def plain_ways(layer: Any, x: Tensor, mask: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """What a user of torch.nn writes, by the name of the option."""
+    steps, batch, features = x.shape
+    lengths, order = mask.sum(0), torch.argsort(~mask, dim=0, stable=True).unsqueeze(-1)
+
+    def dropped() -> Tensor:
+        weights = dict(layer.named_parameters())
+        weights["weight_hh_l0"] = torch.dropout(weights["weight_hh_l0"], P, True)
+        return torch.func.functional_call(layer, weights, (x,))[0]
+
+    def one_mask() -> Tensor:
+        return layer(x * torch.dropout(x.new_ones(batch, features), P, True))[0]
+
+    def valid_steps() -> Tensor:
+        front = torch.take_along_dim(x, order, 0)
+        packed = pack_padded_sequence(front, lengths, enforce_sorted=False)
+        y, _ = pad_packed_sequence(layer(packed)[0], total_length=steps)
+        return torch.zeros_like(y).scatter(0, order.expand_as(y), y)
+
+    def last() -> Tensor:
+        state = layer(x)[1]
+        return state[0][-1] if isinstance(state, tuple) else state[-1]
+
+    return {
+        "weight_dropout": dropped,
+        "input_dropout": one_mask,
+        "mask": valid_steps,
+        "return_last": last,
+    }
+
+
+def calls_of_options(cell: str, T: int, B: int, H: int) -> dict[str, dict[str, Callable[[], Any]]]:
+    """For each option: our step with it, torch.nn's, and our step without any."""
+    x, mask = torch.randn(T, B, H), torch.rand(T, B) < 0.75
+    mask[0] = True  # torch.nn's packed input has no empty rows
+    layers = {
+        option: getattr(rnnfast, cell)(H, H, **made)
+        for option, made in (
+            ("weight_dropout", {"weight_dropout": P}),
+            ("input_dropout", {"input_dropout": P}),
+            ("mask", {}),
+            ("return_last", {"return_last": True}),
+        )
+    }
+    theirs, bare = getattr(nn, cell)(H, H), layers["mask"]
+    plain = plain_ways(theirs, x, mask)
+    return {
+        option: {
+            "ours": partial(
+                _step, lambda x, layer=layer, **k: layer(x, **k)[0], layer, x,
+                **({"mask": mask} if option == "mask" else {}),
+            ),
+            "theirs": partial(_step, plain[option], theirs),
+            "without": partial(_step, lambda x: bare(x)[0], bare, x),
+        }
+        for option, layer in layers.items()
+    }  # fmt: skip
