@@ -140,8 +140,15 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
         check(w_hr, reset, packed, save)
         return _node(op, x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths, cell, reverse)
 
-    def forward_last(*args: Any) -> Any:
-        return forward(*args, save=False)[1:3]
+    def forward_last(
+        x: Any, h0: Any, c0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, w_hr: Any,
+        batch_sizes: Any, reset: Any, packed: Any, cell: int, reverse: bool,
+    ) -> Any:  # fmt: skip
+        outputs = forward(
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset, packed, cell, reverse,
+            False,
+        )  # fmt: skip
+        return outputs[1:3]
 
     return {
         ops.forward: forward,
