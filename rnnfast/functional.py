@@ -56,7 +56,7 @@ _LAYER_DOC = r"""{what}
         bias: whether ``weights`` has ``b_ih, b_hh``
         batch_first: input and output are :math:`(B, T, *)`
         dropout: probability of an element being zeroed between layers
-        training: whether dropout is applied
+        training: whether any dropout is applied
         bidirectional: two directions, :math:`D = 2`
         reset: true at the first step of each new sequence, as :class:`rnnfast.LSTM` takes it
         lengths: valid steps of each row of padded input, as :class:`rnnfast.LSTM` takes them

@@ -32,6 +32,11 @@ assert_type(gru.unfreeze(), rnnfast.GRU)
 assert_type(gru.recompute, bool)
 assert_type(rnnfast.RNN(10, 20, nonlinearity="relu")(x), tuple[Tensor, Tensor])
 assert_type(rnnfast.IndRNN(10, 20)(x)[1], Tensor)
+assert_type(gru(x, mask=x[..., 0] > 0), tuple[Tensor, Tensor])
+regular = rnnfast.LSTM(10, 20, weight_dropout=0.5, input_dropout=0.4, forget_bias=1.0)
+regular.weight_dropout, regular.return_last = 0.3, True
+deep = rnnfast.IndRNN(10, 20, 4, residual=True, return_last=True)
+assert_type(deep.constrain_(784).init_memory_(784, epsilon=0.5), rnnfast.IndRNN)
 assert_type(rnnfast.LazyLSTM(20)(x), tuple[Tensor, States])
 assert_type(rnnfast.LazyGRU(20)(packed), tuple[PackedSequence, Tensor])
 lazy: tuple[nn.RNNBase, ...] = (rnnfast.LazyRNN(20), rnnfast.LazyIndRNN(20))
@@ -59,6 +64,10 @@ assert_type(rnnfast.functional.lstm(x, (x, x), weights, bidirectional=True), tup
 assert_type(rnnfast.functional.gru(packed, None, weights), tuple[PackedSequence, Tensor])
 assert_type(rnnfast.functional.rnn_tanh(x, None, weights), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.gru(x, None, weights, recompute=True), tuple[Tensor, Tensor])
+assert_type(
+    rnnfast.functional.gru(x, None, weights, mask=x[..., 0] > 0, training=True, weight_dropout=0.5),
+    tuple[Tensor, Tensor],
+)
 assert_type(rnnfast.functional.rnn_relu(x, None, weights), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.indrnn_tanh(x, None, weights), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.indrnn_relu(x, None, weights), tuple[Tensor, Tensor])
@@ -108,6 +117,8 @@ translations = rnnfast.onnx_translations()
 rnnfast.LSTM("10", 20)  # type: ignore[arg-type]
 rnnfast.GRU(10, 20, recompute=64)  # type: ignore[arg-type]
 rnnfast.IndRNN(10, 20, proj_size=4)  # type: ignore[call-arg]
+rnnfast.LSTM(10, 20, residual=True)  # type: ignore[call-arg]
+rnnfast.GRU(10, 20, weight_dropout="0.5")  # type: ignore[arg-type]
 lstm(x, x)  # type: ignore[arg-type]
 gru(x, (x, x))  # type: ignore[arg-type]
 print(lstm(x)[1].shape)  # type: ignore[attr-defined]
