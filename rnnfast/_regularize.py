@@ -111,13 +111,11 @@ class _Sequences:
         h0: Tensor | None,
     ) -> None:
         self._lengths, self._order = lengths, order
-        self._sizes: Tensor | None = None
+        self._sizes = None if batch_sizes is None else _rows.on_device(batch_sizes, x.device)
+        self._of_row: Tensor | None = None  # the sequence of each packed row
         if batch_sizes is None:
             self._batch = x.size(1)
-            return
-        self._sizes = _rows.on_device(batch_sizes, x.device)
-        self._sequence = _rows.places(self._sizes, x.size(0))[1]
-        if order is not None:
+        elif order is not None:
             self._batch = order.size(0)
         elif h0 is not None:
             self._batch = h0.size(1)
@@ -131,8 +129,11 @@ class _Sequences:
         in the order of the batch: packing changes no mask."""
         mask = torch.dropout(x.new_ones(self._batch, x.size(-1)), p, True)
         if self._sizes is not None:
-            mask = mask if self._order is None else mask.index_select(0, self._order)
-            mask = mask.index_select(0, self._sequence)
+            if self._of_row is None:
+                self._of_row = _rows.places(self._sizes, x.size(0))[1]
+                if self._order is not None:
+                    self._of_row = self._order[self._of_row]
+            mask = mask.index_select(0, self._of_row)
         return x * mask
 
     def without_padding(self, x: Tensor) -> Tensor:
