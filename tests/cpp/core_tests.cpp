@@ -28,10 +28,11 @@ void one_thread(int count, void (*run)(long, long, void*), void* context) {
   run(0, count, context);
 }
 
-Outputs forward(const Layer& layer, const Threads& threads) {
+Outputs forward(const Layer& layer, const Threads& threads, bool only_last = false) {
   Outputs out{Values(layer.rows() * layer.P), Values(layer.B * layer.P), Values(layer.c0.size()),
               Values(layer.rows() * layer.planes() * layer.H)};
   ForwardArgs<double> args = forward_args(layer, out);
+  if (only_last) args.y = args.saved = nullptr;
   run_forward(active_isa(), layer.cell, args, WeightFormat::kPlain, threads);
   return out;
 }
@@ -93,6 +94,9 @@ void check_layer(const Layer& layer, const std::string& what) {
         const Outputs two = forward(layer, {2, pool});
         check(same_bits(out.y, two.y) && same_bits(out.h_n, two.h_n) && same_bits(out.c_n, two.c_n),
               here + ": 2 threads, forward");
+        const Outputs last = forward(layer, {2, pool}, true);
+        check(same_bits(out.h_n, last.h_n) && same_bits(out.c_n, last.c_n),
+              here + ": the last step alone");
         const Gradients g2 = backward(layer, two, {2, pool});
         check(same_bits(g.x, g2.x) && same_bits(g.h0, g2.h0) && same_bits(g.c0, g2.c0) &&
                   same_bits(g.w_ih, g2.w_ih) && same_bits(g.w_hh, g2.w_hh) &&
