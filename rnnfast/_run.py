@@ -192,7 +192,7 @@ def stack(
         or recompute
         or packed_weights is not None
         or is_exporting()
-        or (last and lengths is None and not _stack.saves(x, h0, c0, weights))
+        or (last and x.is_cpu and lengths is None and not _stack.saves(x, h0, c0, weights))
     ):
         return _stack.run(
             spec, x, h0, c0, weights, num_layers, directions, dropout, batch_sizes, reset, lengths
