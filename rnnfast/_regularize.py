@@ -40,14 +40,15 @@ def check(name: str, options: Options) -> Options:
     return options
 
 
-def _now(options: Options, training: bool) -> Options:
+def _now(options: Options, training: bool) -> Options | None:
     if not training:
         options = options._replace(weight_dropout=0.0, input_dropout=0.0)
-    return PLAIN if options == PLAIN else options
+    return options if any(options) else None
 
 
-def of_module(name: str, module: Any) -> Options:
-    """The options of a call of a layer now: they are attributes, which may be set at any time."""
+def of_module(name: str, module: Any) -> Options | None:
+    """The options of a call of a layer now, None for none: they are attributes, which may be set at
+    any time."""
     own = module.__dict__
     if not (
         "weight_dropout" in own
@@ -55,31 +56,31 @@ def of_module(name: str, module: Any) -> Options:
         or "residual" in own
         or "return_last" in own
     ):  # and not by value: a compiler of dynamic sizes begins anew where it meets a float
-        return PLAIN
+        return None
     found = Options(
         module.weight_dropout, module.input_dropout, module.residual, module.return_last
     )
     return _now(check(name, found), module.training)
 
 
-def of_step(name: str, module: Any) -> Options:
+def of_step(name: str, module: Any) -> Options | None:
     """The options of one step of a stream, whose output is that of the last step anyway."""
     options = of_module(name, module)
-    if options is PLAIN:
-        return PLAIN
+    if options is None:
+        return None
     for option in ("weight_dropout", "input_dropout"):
         if getattr(options, option):
             raise RuntimeError(
                 f"rnnfast: {option} has one mask a sequence, and step would draw one a step; call "
                 "forward with the sequence, or eval() for a stream"
             )
-    return Options(residual=True) if options.residual else PLAIN
+    return Options(residual=True) if options.residual else None
 
 
 def of_function(
     name: str, training: bool, weight_dropout: Any, input_dropout: Any, residual: Any, last: Any
-) -> Options:
-    """The options of a call of a function."""
+) -> Options | None:
+    """The options of a call of a function, None for none."""
     return _now(check(name, Options(weight_dropout, input_dropout, residual, last)), training)
 
 
@@ -187,6 +188,9 @@ def _layer_by_layer(
     """y, what is added to its last step, h_n, c_n: with something of torch's between the layers."""
     sequences = _Sequences(x, batch_sizes, lengths, order, h0)
     each = len(weights) // num_layers
+    if h0 is None and order is not None and torch.compiler.is_compiling():
+        # one batch for all layers: of packed rows alone, each would have one of unknown size
+        h0 = x.new_zeros(num_layers * directions, order.size(0), weights[1].size(-1))
     y = sequences.without_padding(x) if options.residual else x
     added: Tensor | None = None
     states: list[tuple[Tensor, Tensor]] = []
@@ -213,7 +217,7 @@ def _layer_by_layer(
 
 def run(
     stack: Callable[..., Any],
-    options: Options,
+    options: Options | None,
     empty: Tensor | None,
     order: Tensor | None,
     spec: Any,
@@ -233,6 +237,7 @@ def run(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """_run.stack (`stack`) with options: y, its last step if that alone is asked for, h_n, c_n.
     empty: which sequences have no step, only one of zeros; order: that of packed rows."""
+    options = options or PLAIN
     if options.weight_dropout:
         each = len(weights) // (num_layers * directions)
         weights = _drop_weights(weights, each, options.weight_dropout, packed)

@@ -44,7 +44,7 @@ from ._checks import (
 )
 from ._modes import is_transformed, refuse_tangents
 from ._modes import transforms_active as _transforms_active
-from ._regularize import PLAIN, Options
+from ._regularize import Options
 from ._route import is_exporting, use_reference
 from .cells import CellSpec
 
@@ -241,7 +241,7 @@ def layer(
     lengths: Any = None,
     recompute: bool = False,
     mask: Any = None,
-    options: Options = PLAIN,
+    options: Options | None = None,
 ) -> tuple[Any, Any]:
     """A whole layer as torch.nn has it: input and hx in any of their forms, its errors."""
     two_states = spec.states == 2
@@ -334,7 +334,7 @@ def layer(
         spec, x, h0, c0, weights, bias, num_layers, directions, dropout, batch_sizes, reset,
         packed_weights, lengths, recompute,
     )  # fmt: skip
-    if options is PLAIN and empty is None:
+    if options is None and empty is None:
         y, h_n, c_n = stack(*args)
     else:
         y, last, h_n, c_n = _regularize.run(stack, options, empty, sorted_indices, *args)

@@ -142,7 +142,7 @@ def step(layer: Any, spec: CellSpec, input: Any, state: Any, reset: Any) -> tupl
     """What Layer.step does."""
     compiling = _is_compiling()
     options = _regularize.of_step(type(layer).__name__, layer)
-    plain = options is _regularize.PLAIN
+    plain = options is None
     if (
         not compiling
         and plain
