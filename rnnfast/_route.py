@@ -43,11 +43,16 @@ def use_reference(
             f"{x.dtype}; convert with .float(), or run plain torch operators with "
             'rnnfast.use_engine("reference")'
         )
+    check_place(x)
+    return False
+
+
+def check_place(x: Tensor) -> None:
+    """An error if no engine, or not the one that is forced, runs where x is."""
     if not x.is_cpu:
         _check_engine(x)
     elif engine.forced == "cuda":
         raise RuntimeError(f'rnnfast: the engine "cuda" was forced, got a tensor on {x.device}')
-    return False
 
 
 def _fits_transforms(x: Tensor, packed_rows: bool) -> bool:

@@ -21,12 +21,14 @@ from ._checks import check_dense
 from ._signatures import Input as Form
 from ._signatures import States
 from .cells import CellSpec, cell_spec
+from .scan import linear_scan
 
 __all__ = [
     "gru",
     "gru_cell",
     "indrnn_relu",
     "indrnn_tanh",
+    "linear_scan",
     "lstm",
     "lstm_cell",
     "rnn_relu",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .cells import CellSpec, cell_spec
 
-__all__ = ["cell_step", "forward"]
+__all__ = ["cell_step", "forward", "scan"]
 
 
 def cell_step(
@@ -156,3 +156,26 @@ def forward(
         stacked = stacked.flatten(0, 1)[to_padded]
     c_n = torch.stack(rest) if rest else x.new_zeros(0, batch, hidden)
     return stacked, h, c_n
+
+
+def scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+    r""":math:`h_t = a_t h_{t-1} + b_t` over the first dimension, a step after the other.
+
+    Args:
+        a, b: the factors and what is added
+        h0: :math:`h_{-1}`; ``None`` means zeros
+        reverse: from the last step to the first
+
+    Shape:
+        - a, b: :math:`(T, *)`; h0: :math:`(*)`
+        - Output: as a
+    """
+    h = torch.zeros_like(b[0]) if h0 is None and b.size(0) else h0
+    steps: list[Tensor] = []
+    for t in range(a.size(0) - 1, -1, -1) if reverse else range(a.size(0)):
+        assert h is not None
+        h = a[t] * h + b[t]
+        steps.append(h)
+    if not steps:
+        return torch.zeros_like(b)
+    return torch.stack(steps[::-1] if reverse else steps)

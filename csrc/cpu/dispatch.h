@@ -5,6 +5,7 @@
 
 #include "../core/args.h"
 #include "../core/choose_engine.h"
+#include "../core/scan_args.h"
 #include "team.h"
 
 namespace rnnfast {
@@ -56,6 +57,14 @@ struct SampleKernel {
   void (*run)(const SampleProduct<scalar_t>&, int64_t begin, int64_t end, char* scratch);
 };
 
+template <class scalar_t>
+struct ScanKernels {
+  int64_t (*bytes)(int64_t rows, int64_t columns, const ScanChunks&, int workers);
+  void (*forward)(const ScanArgs<scalar_t>&, const ScanChunks&, char* memory, const Worker&);
+  void (*backward)(const ScanBackwardArgs<scalar_t>&, const ScanChunks&, char* memory,
+                   const Worker&);
+};
+
 enum class MathFunction : int { kExp = 0, kSigmoid = 1, kTanh = 2 };
 
 struct KernelTable {
@@ -69,6 +78,10 @@ struct KernelTable {
   const BackwardKernels<double>* backward64;
   SampleKernel<float> samples32;
   SampleKernel<double> samples64;
+  ScanKernels<float> scan32;
+  ScanKernels<double> scan64;
+  ScanKernels<BFloat16> scan_bfloat16;
+  ScanKernels<Float16> scan_float16;
   DotProduct int8_product;  // where no instruction does it
   void (*widen)(int64_t count, bool brain, const uint16_t* in, float* out);
   void (*narrow)(int64_t count, bool brain, const float* in, uint16_t* out);
@@ -142,6 +155,12 @@ void run_backward_group(Isa isa, int cell, BackwardArgs<scalar_t>* args, int cou
 // Threads take whole samples.
 template <class scalar_t>
 void run_sample_product(const SampleProduct<scalar_t>& product, const Threads& threads);
+
+// Of at least one step, row and column.
+template <class scalar_t>
+void run_scan(const ScanArgs<scalar_t>& args, const Threads& threads);
+template <class scalar_t>
+void run_scan(const ScanBackwardArgs<scalar_t>& args, const Threads& threads);
 
 // Packed weights: a header that tells what they were made for, then panels.
 template <class scalar_t>

@@ -33,6 +33,15 @@ inline const BackwardKernels<double>& backward_kernels(Isa isa, int cell, double
 inline const SampleKernel<float>& sample_kernel(Isa isa, float) { return kernels(isa).samples32; }
 inline const SampleKernel<double>& sample_kernel(Isa isa, double) { return kernels(isa).samples64; }
 
+inline const ScanKernels<float>& scan_kernels(Isa isa, float) { return kernels(isa).scan32; }
+inline const ScanKernels<double>& scan_kernels(Isa isa, double) { return kernels(isa).scan64; }
+inline const ScanKernels<BFloat16>& scan_kernels(Isa isa, BFloat16) {
+  return kernels(isa).scan_bfloat16;
+}
+inline const ScanKernels<Float16>& scan_kernels(Isa isa, Float16) {
+  return kernels(isa).scan_float16;
+}
+
 // The layout in which weights of a type are packed.
 template <class scalar_t>
 WeightFormat packed_format(Isa isa) {

@@ -6,6 +6,7 @@
 #include "forward.h"
 #include "gradients.h"
 #include "sample_product.h"
+#include "scan.h"
 
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
@@ -157,6 +158,10 @@ int64_t spin_tile(int64_t repeats) {
   return repeats * 2 * kRows * kSize * kMaxVectors * lanes;
 }
 
+template <class scalar_t>
+constexpr ScanKernels<scalar_t> kScan = {scan_bytes<scalar_t>, scan<ForwardScan>,
+                                         scan<BackwardScan>};
+
 constexpr KernelTable kTable = {kFloat32,
                                 kFloat64,
                                 kBFloat16,
@@ -167,6 +172,10 @@ constexpr KernelTable kTable = {kFloat32,
                                 kBackward64,
                                 {sample_bytes<float>, sample_product<float>},
                                 {sample_bytes<double>, sample_product<double>},
+                                kScan<float>,
+                                kScan<double>,
+                                kScan<BFloat16>,
+                                kScan<Float16>,
                                 byte_product,
                                 widen_halves,
                                 narrow_halves,
