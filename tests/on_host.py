@@ -43,7 +43,7 @@ NOT_FOR_IT = {
 def operators() -> Any:
     """torch.ops.rnnfast_on_host, with the derivatives of torch.ops.rnnfast."""
     import rnnfast
-    from rnnfast import _group, _lengths, ops
+    from rnnfast import _group, _lengths, ops, scan
 
     torch.ops.load_library(str(Path(rnnfast.__file__).with_name("_on_host.so")))
     for name, fake, backward, setup in (
@@ -56,6 +56,8 @@ def operators() -> Any:
             _lengths._double_backward,
             ops._backward_setup,
         ),
+        ("scan", scan.scan_fake, scan._scan_formula, scan._scan_setup),
+        ("scan_backward", scan.scan_backward_fake, scan._backward_formula, scan._backward_setup),
     ):
         torch.library.register_fake(f"{LIBRARY}::{name}", fake)
         torch.library.register_autograd(f"{LIBRARY}::{name}", backward, setup_context=setup)
@@ -71,12 +73,14 @@ def fill_fresh_memory(byte: int) -> None:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts the operators of the device on the host where Python calls the CPU's."""
-    from rnnfast import _group, _lengths, _run, _step, ops
+    from rnnfast import _group, _lengths, _run, _step, ops, scan
 
     found = operators()
     monkeypatch.setattr(ops, "forward", found.forward.default)
     monkeypatch.setattr(ops, "backward", found.backward.default)
     monkeypatch.setattr(ops, "gate_gradients", found.gate_gradients.default)
+    monkeypatch.setattr(scan, "scan", found.scan.default)
+    monkeypatch.setattr(scan, "scan_backward", found.scan_backward.default)
     monkeypatch.setattr(_lengths, "forward", found.forward_lengths.default)
     monkeypatch.setattr(_lengths, "backward", found.backward_lengths.default)
     monkeypatch.setattr(_run, "_forward", found.forward.default)

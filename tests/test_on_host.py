@@ -12,6 +12,7 @@ import cases
 import on_host
 import oracle
 import pytest
+import test_scan
 import tolerance
 import torch
 from cases import Case
@@ -86,6 +87,28 @@ def test_halves(case: Case) -> None:
         scale = tolerance.biggest(ref[name])
         error = tolerance.biggest(value.double() - ref[name])
         assert error <= 6 * eps * scale, f"{name}: {error / eps / scale:.1f} roundings"
+
+
+SCANS = [(1, 1, 1), (7, 3, 17), (300, 2, 100), (40, 1, 700), (1030, 2, 3)]  # T, B, H
+
+
+@pytest.mark.parametrize("dtype", test_scan.DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SCANS, ids=str)
+def test_scans(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """One kernel for many columns, three for long sequences of few, whose chunks may grow."""
+    for reverse in (False, True):
+        (a, b, h0), dh, exact = test_scan.problem(sizes, dtype, reverse)
+        h = DEVICE.scan(a, b, h0, reverse)
+        found = [h, *DEVICE.scan_backward(dh, a, h, h0, reverse, 7)]
+        for mine, want in zip(found, exact, strict=True):
+            error = (mine.double() - want).abs().max()
+            assert error <= 8 * torch.finfo(dtype).eps * want.abs().max()
+        rows = a.transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(DEVICE.scan(rows, b, h0, reverse), h)
+    one = torch.ones(1030, 1, 3)
+    assert torch.equal(DEVICE.scan(2 * one, one, -one[0], False), -one)
+    only_b = DEVICE.scan_backward(dh, a, h, None, True, 2)
+    assert [t.numel() for t in only_b] == [0, a.numel(), 0]
 
 
 # --------------------------------------------------------------------------- whole passes

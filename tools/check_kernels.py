@@ -1,8 +1,9 @@
 """Reads ptxas's report from the log of a build: ``python tools/check_kernels.py LOG``.
 
 Every kernel that the engine has must be there, for every cell, dtype and tile, without spills and
-stack, and with registers for at least four blocks a multiprocessor (three with float64; of an
-on-chip kernel, which fills one, for one).
+stack, and with registers for at least four blocks a multiprocessor (three with float64; two of a
+scan, whose threads have the loads of eight steps under way; of an on-chip kernel, which fills one,
+for one).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ OF_GATES = {
 }
 OF_OPERAND = {"kHalf": ("Float16", "BFloat16"), "kTf32": ("float",)}
 # Of the 65,536 that a multiprocessor has, for blocks of 256 threads.
-MOST_REGISTERS, MOST_WITH_DOUBLE = 64, 80
+MOST_REGISTERS, MOST_WITH_DOUBLE, MOST_OF_SCAN = 64, 80, 128
+SCANS = ("follow_chunks", "join_chunks", "take_chunks")
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
@@ -75,9 +77,15 @@ def expected() -> set[str]:
         for kernel in ("gather_projected", "sum_slices", "sum_parts")
         for dtype in DTYPES
     }
+    scans = {
+        f"{kernel}<{way}Scan<{dtype}, DeviceMemory> >"
+        for kernel in SCANS
+        for way in ("Forward", "Backward")
+        for dtype in DTYPES
+    }
     wide = {"double": "double"}
     copies = {f"copy_rows<{wide.get(dtype, 'float')}, {dtype}>" for dtype in DTYPES}
-    return steps | rows | copies | {"copy_offsets"} | onchip().keys()
+    return steps | rows | scans | copies | {"copy_offsets"} | onchip().keys()
 
 
 def plain(demangled: str) -> str:
@@ -105,6 +113,8 @@ def main(log: Path) -> int:
                 f"{entry['loads']} bytes"
             )
         allowed = MOST_WITH_DOUBLE if "double" in name else MOST_REGISTERS
+        if name.startswith(SCANS):
+            allowed = MOST_OF_SCAN
         if name.startswith("onchip_"):
             allowed = tiles.get(name, 255)  # one that is not on the list is a fault anyway
         if int(entry["registers"]) > allowed:

@@ -24,4 +24,6 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CUDA, m) {
   m.impl("gate_gradients", TORCH_BOX(&rnnfast::cuda_gate_gradients_op));
   m.impl("forward_group", TORCH_BOX(&rnnfast::cuda_forward_group_op));
   m.impl("backward_group", TORCH_BOX(&rnnfast::cuda_backward_group_op));
+  m.impl("scan", TORCH_BOX(&rnnfast::cuda_scan_op));
+  m.impl("scan_backward", TORCH_BOX(&rnnfast::cuda_scan_backward_op));
 }

@@ -1,5 +1,5 @@
-// The operators on CUDA tensors: functions with the schemas of layer_ops.cpp, lengths_ops.cpp and
-// group_ops.cpp.
+// The operators on CUDA tensors: functions with the schemas of layer_ops.cpp, lengths_ops.cpp,
+// group_ops.cpp and scan_ops.cpp.
 #pragma once
 
 #include "group_calls.h"
@@ -36,6 +36,10 @@ std::vector<Tensor> cuda_forward_group_op(Tensor x, Tensors passes, OptionalTens
                                           int64_t cell, bool chained, bool save);
 std::vector<Tensor> cuda_backward_group_op(Tensor x, Tensors passes, OptionalTensor batch_sizes,
                                            int64_t cell, bool chained, std::vector<int64_t> needs);
+Tensor cuda_scan_op(Tensor a, Tensor b, OptionalTensor h0, bool reverse);
+std::tuple<Tensor, Tensor, Tensor> cuda_scan_backward_op(Tensor dh, Tensor a, Tensor h,
+                                                         OptionalTensor h0, bool reverse,
+                                                         int64_t needs);
 
 // The wished Launch of the process (-1: the library's choice). Gives the wish before.
 int64_t cuda_set_launch(int64_t launch);

@@ -1,10 +1,14 @@
 // The scan's operators as checked arguments, for the CPU and for CUDA.
 #pragma once
 
+#include <tuple>
+
 #include "../core/scan_args.h"
 #include "results.h"
 
 namespace rnnfast {
+
+using ScanResult = std::tuple<Tensor, Tensor, Tensor>;
 
 // Results, in the order of the bits of `needs`.
 struct ScanGradients {
@@ -39,5 +43,34 @@ class ScanCall {
   bool reverse_;
   int64_t seq_len_, rows_, columns_;
 };
+
+// The operators, by run(call, arguments of the engine).
+template <class Run>
+Tensor scan_by(const Tensor& a, const Tensor& b, const OptionalTensor& h0, bool reverse,
+               const Run& run) {
+  const ScanCall call(a, b, "b", h0, reverse);
+  const Tensor h = call.result();
+  if (call.empty()) return h;
+  with_type(call.dtype, [&](auto scalar) { run(call, call.args<decltype(scalar)>(h)); });
+  return h;
+}
+
+template <class Run>
+ScanResult scan_backward_by(const Tensor& dh, const Tensor& a, const Tensor& h,
+                            const OptionalTensor& h0, bool reverse, int64_t needs, const Run& run) {
+  const ScanCall call(a, dh, "dh", h0, reverse);
+  call.check_h(h);
+  const ScanGradients to{call.result(needs & kNeedsA), call.result(needs & kNeedsB),
+                         call.state(needs & kNeedsH0)};
+  const Tensor contiguous_h = torch_contiguous(h);
+  if (call.empty()) {
+    if (needs & kNeedsH0) fill_zero(to.dh0);
+  } else {
+    with_type(call.dtype, [&](auto scalar) {
+      run(call, call.args<decltype(scalar)>(contiguous_h, to, needs));
+    });
+  }
+  return {to.da, to.db, to.dh0};
+}
 
 }  // namespace rnnfast

@@ -5,32 +5,15 @@
 namespace rnnfast {
 namespace {
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+const auto on_cpu = [](const ScanCall&, const auto& args) { run_scan(args, torch_threads()); };
 
 Tensor scan(Tensor a, Tensor b, OptionalTensor h0, bool reverse) {
-  const ScanCall call(a, b, "b", h0, reverse);
-  const Tensor h = call.result();
-  if (call.empty()) return h;
-  with_type(call.dtype,
-            [&](auto scalar) { run_scan(call.args<decltype(scalar)>(h), torch_threads()); });
-  return h;
+  return scan_by(a, b, h0, reverse, on_cpu);
 }
 
-Gradients scan_backward(Tensor dh, Tensor a, Tensor h, OptionalTensor h0, bool reverse,
-                        int64_t needs) {
-  const ScanCall call(a, dh, "dh", h0, reverse);
-  call.check_h(h);
-  const ScanGradients to{call.result(needs & kNeedsA), call.result(needs & kNeedsB),
-                         call.state(needs & kNeedsH0)};
-  const Tensor contiguous_h = torch_contiguous(h);
-  if (call.empty()) {
-    if (needs & kNeedsH0) fill_zero(to.dh0);
-  } else {
-    with_type(call.dtype, [&](auto scalar) {
-      run_scan(call.args<decltype(scalar)>(contiguous_h, to, needs), torch_threads());
-    });
-  }
-  return {to.da, to.db, to.dh0};
+ScanResult scan_backward(Tensor dh, Tensor a, Tensor h, OptionalTensor h0, bool reverse,
+                         int64_t needs) {
+  return scan_backward_by(dh, a, h, h0, reverse, needs, on_cpu);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include "backward_pass.h"
 #include "forward_pass.h"
 #include "run_passes.h"
+#include "scan.cuh"
 
 namespace rnnfast {
 namespace {
@@ -65,6 +66,23 @@ template <>
 void cuda_backward(const CudaCall& call, const BackwardArgs<scalar_t>* passes, int count,
                    bool chained) {
   run<BackwardOf>(call, passes, count, chained);
+}
+
+template <>
+int64_t scan_room(const ScanArgs<scalar_t>& args) {
+  return RNNFAST_TARGET::scan_room_of(args);
+}
+template <>
+int64_t scan_room(const ScanBackwardArgs<scalar_t>& args) {
+  return RNNFAST_TARGET::scan_room_of(args);
+}
+template <>
+void cuda_scan(const ScanArgs<scalar_t>& args, cudaStream_t stream, char* room) {
+  RNNFAST_TARGET::run_scan<RNNFAST_TARGET::ForwardScan>(args, stream, room);
+}
+template <>
+void cuda_scan(const ScanBackwardArgs<scalar_t>& args, cudaStream_t stream, char* room) {
+  RNNFAST_TARGET::run_scan<RNNFAST_TARGET::BackwardScan>(args, stream, room);
 }
 
 }  // namespace rnnfast

@@ -4,6 +4,7 @@
 
 #include "../core/args.h"
 #include "../core/choose_cuda.h"
+#include "../core/scan_args.h"
 #include "blas.h"
 
 namespace rnnfast {
@@ -40,5 +41,15 @@ void cuda_forward(const CudaCall& call, const ForwardArgs<scalar_t>* passes, int
 template <class scalar_t>
 void cuda_backward(const CudaCall& call, const BackwardArgs<scalar_t>* passes, int count,
                    bool chained);
+
+// Scans of at least one step, row and column; room as above.
+template <class scalar_t>
+int64_t scan_room(const ScanArgs<scalar_t>& args);
+template <class scalar_t>
+int64_t scan_room(const ScanBackwardArgs<scalar_t>& args);
+template <class scalar_t>
+void cuda_scan(const ScanArgs<scalar_t>& args, cudaStream_t stream, char* room);
+template <class scalar_t>
+void cuda_scan(const ScanBackwardArgs<scalar_t>& args, cudaStream_t stream, char* room);
 
 }  // namespace rnnfast

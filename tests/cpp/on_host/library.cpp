@@ -95,6 +95,10 @@ STABLE_TORCH_LIBRARY(rnnfast_on_host, m) {
   m.def(
       "backward_group(Tensor x, Tensor?[] passes, Tensor? batch_sizes, int cell, bool chained, "
       "int[] needs) -> Tensor[]");
+  m.def("scan(Tensor a, Tensor b, Tensor? h0, bool reverse) -> Tensor");
+  m.def(
+      "scan_backward(Tensor dh, Tensor a, Tensor h, Tensor? h0, bool reverse, int needs) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def("cuda_set_launch(int launch) -> int");
   m.def("cuda_set_kernel(int kernel) -> int");
   m.def("cuda_last_run(int field) -> int");
@@ -118,4 +122,6 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast_on_host, CPU, m) {
   m.impl("gate_gradients", TORCH_BOX(&rnnfast::cuda_gate_gradients_op));
   m.impl("forward_group", TORCH_BOX(&rnnfast::cuda_forward_group_op));
   m.impl("backward_group", TORCH_BOX(&rnnfast::cuda_backward_group_op));
+  m.impl("scan", TORCH_BOX(&rnnfast::cuda_scan_op));
+  m.impl("scan_backward", TORCH_BOX(&rnnfast::cuda_scan_backward_op));
 }
