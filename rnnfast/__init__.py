@@ -15,7 +15,7 @@ from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .engine import engines, last_run, use_engine
 from .explain import Explanation, explain
 from .lazy import LazyGRU, LazyIndRNN, LazyLSTM, LazyRNN
-from .modules import GRU, LSTM, RNN, IndRNN
+from .modules import GRU, LSTM, QRNN, RNN, IndRNN, MinGRU, MinLSTM
 from .quantize import QuantizedGRU, QuantizedIndRNN, QuantizedLSTM, QuantizedRNN, quantize
 from .recurrent import Recurrent
 
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GRU",
     "LSTM",
+    "QRNN",
     "RNN",
     "Explanation",
     "GRUCell",
@@ -33,6 +34,8 @@ __all__ = [
     "LazyIndRNN",
     "LazyLSTM",
     "LazyRNN",
+    "MinGRU",
+    "MinLSTM",
     "QuantizedGRU",
     "QuantizedIndRNN",
     "QuantizedLSTM",

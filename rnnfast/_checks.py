@@ -130,7 +130,7 @@ def check_weights(
     hidden = out = rows // gates
     _check_shape("w_ih", w_ih, "(G*H, I)", (rows, x.size(-1)))
     if w_hr is not None:
-        if spec.states != 2:
+        if spec.states != 2 or not spec.dense:
             raise RuntimeError(f"rnnfast: w_hr is for lstm only, got cell {spec.name}")
         _check_dtype("w_hr", w_hr, x)
         if w_hr.dim() != 2:
@@ -141,11 +141,15 @@ def check_weights(
             raise RuntimeError("rnnfast: w_hr must have P >= 1 rows, got 0")
     if spec.diagonal:
         _check_shape("w_hh", w_hh, "(H,)", (hidden,))
+    elif not spec.dense:
+        _check_shape("w_hh", w_hh, "(0,)", (0,))
     else:
         _check_shape("w_hh", w_hh, "(G*H, H)" if w_hr is None else "(G*H, P)", (rows, out))
     for name, bias in (("b_ih", b_ih), ("b_hh", b_hh)):
         if bias is not None:
             _check_dtype(name, bias, x)
+            if name == "b_hh" and not spec.has_hidden_side and bias.shape == (0,):
+                continue
             _check_shape(name, bias, "(G*H,)", (rows,))
 
 

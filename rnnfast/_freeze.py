@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter, is_
 from typing import NoReturn
 
@@ -44,13 +44,15 @@ class Frozen:
         parameters: Mapping[str, Tensor | None],
         names: Sequence[str],
         count: int,
+        complete: Callable[[Sequence[Tensor]], Sequence[Tensor]],
     ) -> None:
         why = why_not(parameters, names)
         if why is not None:
             raise RuntimeError(f"rnnfast: {why}")
         weights = [w for w in (parameters[name] for name in names) if w is not None]
-        each = len(weights) // count
         self.weights = tuple(weights)
+        #: as a call takes them
+        self.arguments = tuple(complete(weights))
         # they keep the memory: were it freed, other weights could come to lie at the same address
         self._memory = tuple(weight.detach() for weight in weights)
         self._names = tuple(names)
@@ -63,8 +65,9 @@ class Frozen:
         self._plan: StepPlan | None = None
         self._packed: list[Tensor] = []
         with torch.no_grad():
+            each = len(self.arguments) // count
             for i in range(count):
-                w = weights[i * each : (i + 1) * each]
+                w = self.arguments[i * each : (i + 1) * each]
                 self._packed.append(ops.pack(w[0], w[1], w[-1] if each % 2 else None, spec.id))
 
     def _look(self, weights: Sequence[Tensor]) -> tuple[list[int], list[int]]:
@@ -87,7 +90,8 @@ class Frozen:
         """How a step of the layer, which has one direction, runs without operators."""
         plan = self._plan
         if plan is None:
-            plan = self._plan = StepPlan(self._spec, self._memory, self._packed, bias)
+            memory = [w.detach() for w in self.arguments]
+            plan = self._plan = StepPlan(self._spec, memory, self._packed, bias)
         return plan
 
     def bytes(self, index: int) -> int:

@@ -1,4 +1,4 @@
-"""What the four layers of lstm.py, gru.py and rnn.py share: the call, freezing, copies."""
+"""What the layers of lstm.py, gru.py, rnn.py and scan_layers.py share: call, freezing, copies."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ SPECS: dict[str, CellSpec] = {
     "RNN_RELU": cell_spec("rnn_relu"),
     "INDRNN_TANH": cell_spec("indrnn_tanh"),
     "INDRNN_RELU": cell_spec("indrnn_relu"),
+    "MIN_GRU": cell_spec("min_gru"),
+    "MIN_GRU_LINEAR": cell_spec("min_gru_linear"),
+    "MIN_LSTM": cell_spec("min_lstm"),
+    "MIN_LSTM_LINEAR": cell_spec("min_lstm_linear"),
+    "QRNN_F": cell_spec("qrnn_f"),
+    "QRNN_FO": cell_spec("qrnn_fo"),
+    "QRNN_IFO": cell_spec("qrnn_ifo"),
 }
 
 
@@ -41,7 +48,7 @@ def no_proj_size(kwargs: dict[str, Any], name: str) -> None:
 
 # nn.RNNBase and not nn.LSTM: torch.compile refuses every subclass of nn.LSTM, nn.GRU and nn.RNN
 class Layer(nn.RNNBase):
-    """What the four layers share."""
+    """What the layers share."""
 
     _frozen: Frozen | None = None
     #: Whether forward keeps only the states every 64 steps for backward, which computes the gates
@@ -91,13 +98,17 @@ class Layer(nn.RNNBase):
         except KeyError:
             return [getattr(self, name) for name in self._flat_weights_names]
 
+    def _complete(self, weights: Sequence[Any]) -> Sequence[Any]:
+        """The weights as a call takes them, w_ih, w_hh, b_ih, b_hh, of those that there are."""
+        return weights
+
     def _current(self) -> tuple[Sequence[Any], Sequence[Tensor] | None]:
         """The weights of this call, and their packed form if the layer is frozen."""
         frozen = self._frozen
         if frozen is None or torch.compiler.is_compiling():
             # a frozen layer's checks of memory and versions can't be traced
-            return self._weights(), None
-        return frozen.weights, frozen.packed(self._parameters)
+            return self._complete(self._weights()), None
+        return frozen.arguments, frozen.packed(self._parameters)
 
     def _step_plan(self) -> StepPlan | None:
         frozen = self._frozen
@@ -232,7 +243,9 @@ class Layer(nn.RNNBase):
             ...     y, state = layer(x)
         """
         count = self.num_layers * (2 if self.bidirectional else 1)
-        self._frozen = Frozen(SPECS[self.mode], self._parameters, self._flat_weights_names, count)
+        self._frozen = Frozen(
+            SPECS[self.mode], self._parameters, self._flat_weights_names, count, self._complete
+        )
         return self
 
     def unfreeze(self) -> Self:

@@ -165,7 +165,7 @@ def _cuda_row(
             return Row(name, shape, "none", "-", 0, "-", "-", f"{why} (use_engine forces it)")
     launch, streams, steps, kernel = passes.choose(engine.wished_launch(), wish)
     split = "-" if streams == 1 else "layers" if passes.chained else "directions"
-    if spec.diagonal:
+    if not spec.dense:
         parts = ["all steps with the same rows in one launch: the recurrence has no product"]
     elif kernel == "onchip":
         parts = ["w_hh stays on the chip for all steps, forced by use_engine"]
@@ -229,7 +229,7 @@ def _row(
             what = f"all {beside.count} layers" if beside.chained else "both directions"
             beside_text = f"{what} {alone:.0f} us one by one, {at_once:.0f} us side by side"
     if kept:
-        ih, hh = "packed", "diagonal" if spec.diagonal else "packed"
+        ih, hh = "packed", "packed" if spec.dense else "diagonal"
     kernel = ih if hh in (ih, "diagonal") else f"{ih}/{hh}"
     dot = dtype == torch.int8 or (dtype == torch.bfloat16 and kernel == "packed")
     ran = engine.ran_isa(isa, dot)

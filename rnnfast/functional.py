@@ -22,6 +22,7 @@ from ._signatures import Input as Form
 from ._signatures import States
 from .cells import CellSpec, cell_spec
 from .scan import linear_scan
+from .scan_functional import min_gru, min_lstm, qrnn
 
 __all__ = [
     "gru",
@@ -31,6 +32,9 @@ __all__ = [
     "linear_scan",
     "lstm",
     "lstm_cell",
+    "min_gru",
+    "min_lstm",
+    "qrnn",
     "rnn_relu",
     "rnn_relu_cell",
     "rnn_tanh",

@@ -1,4 +1,4 @@
-"""torch.nn's recurrent layers on the fast engines: same signature, attributes and errors."""
+"""The recurrent layers: torch.nn's, with its signatures, attributes and errors, and others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from ._layer import Layer
 from .gru import GRU
 from .lstm import LSTM
 from .rnn import RNN, IndRNN
+from .scan_layers import QRNN, MinGRU, MinLSTM
 
-__all__ = ["GRU", "LSTM", "RNN", "IndRNN"]
+__all__ = ["GRU", "LSTM", "QRNN", "RNN", "IndRNN", "MinGRU", "MinLSTM"]
 
-LAYERS: tuple[type[Layer], ...] = (LSTM, GRU, RNN, IndRNN)
+LAYERS: tuple[type[Layer], ...] = (LSTM, GRU, RNN, IndRNN, MinGRU, MinLSTM, QRNN)

@@ -151,7 +151,7 @@ def backward_fake(
         w_ih.shape,
         w_hh.shape,
         (gates,),
-        (gates,),
+        (gates,) if b_hh is None else b_hh.shape,
         (0,) if w_hr is None else w_hr.shape,
     )
     return tuple(

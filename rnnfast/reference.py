@@ -42,9 +42,32 @@ def cell_step(
         r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
         n = torch.tanh(x_n + r * h_n)
         return ((1 - z) * n + z * state[0],)
+    if spec.name.startswith(("min_", "qrnn_")):
+        return _scan_cell_step(spec, gx + gh, state)
     # Elman 1990; IndRNN (Li et al. 2018, arXiv:1803.04831) differs in gh only
     act = torch.relu if spec.name.endswith("relu") else torch.tanh
     return (act(gx + gh),)
+
+
+def _scan_cell_step(spec: CellSpec, gates: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The cells that are linear in their states."""
+    first, second, *rest = gates.chunk(spec.gates, -1)
+    if spec.name.startswith("qrnn"):
+        # Bradbury et al. 2017, arXiv:1611.01576
+        z, f = torch.tanh(first), torch.sigmoid(second)
+        i = torch.sigmoid(rest[1]) if spec.name == "qrnn_ifo" else 1 - f
+        pooled = f * state[-1] + i * z
+        return (pooled,) if spec.states == 1 else (torch.sigmoid(rest[0]) * pooled, pooled)
+    # Feng et al. 2024, arXiv:2410.01201
+    n = second if spec.name.startswith("min_gru") else rest[0]
+    if not spec.name.endswith("linear"):
+        n = torch.where(n >= 0, n + 0.5, torch.sigmoid(n))
+    if spec.name.startswith("min_gru"):
+        z = torch.sigmoid(first)
+        return ((1 - z) * state[0] + z * n,)
+    log = torch.nn.functional.logsigmoid
+    ratio = log(first) - log(second)
+    return (torch.sigmoid(ratio) * state[0] + torch.sigmoid(-ratio) * n,)
 
 
 def _packed_index(batch_sizes: Tensor, batch: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +118,8 @@ def forward(
         - h0: :math:`(B, P)`, :math:`P` = proj_size or hidden_size
         - c0: :math:`(S-1, B, H)`
         - w_ih: :math:`(G \cdot H, I)`
-        - w_hh: :math:`(G \cdot H, P)`, or :math:`(G \cdot H)` for a diagonal recurrence
+        - w_hh: :math:`(G \cdot H, P)`, or :math:`(G \cdot H)` for a diagonal recurrence, or
+          :math:`(0)` where there is none
         - b_ih, b_hh: :math:`(G \cdot H)`
         - w_hr: :math:`(P, H)`
         - batch_sizes: :math:`(T)`, int64
@@ -141,8 +165,13 @@ def forward(
             h = torch.where(reset[t], 0, h)
             rest = tuple(torch.where(reset[t], 0, state) for state in rest)
         # expanded by hand: torch.func loses the level of an older pullback in a broadcast product
-        gh = h * w_hh.expand_as(h) if spec.diagonal else h @ w_hh.t()
-        if b_hh is not None:
+        if spec.diagonal:
+            gh = h * w_hh.expand_as(h)
+        elif spec.dense:
+            gh = h @ w_hh.t()
+        else:
+            gh = torch.zeros_like(gx[t])
+        if b_hh is not None and (spec.has_hidden_side or b_hh.size(0) > 0):
             gh = gh + b_hh
         new = cell_step(spec, gx[t], gh, (h, *rest))
         out = new[0] if w_hr is None else new[0] @ w_hr.t()

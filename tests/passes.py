@@ -49,7 +49,9 @@ def passes_of(
                 "h0": numbers(batch, out) if state else None,
                 "c0": numbers(spec.states - 1, batch, hidden) if state else None,
                 "w_ih": numbers(gates, below),
-                "w_hh": numbers(hidden) if spec.diagonal else numbers(gates, out) * scale,
+                "w_hh": numbers(gates, out) * scale
+                if spec.dense
+                else numbers(hidden * spec.diagonal),
                 "b_ih": numbers(gates) if bias else None,
                 "b_hh": numbers(gates) if bias else None,
                 "w_hr": numbers(out, hidden) if proj else None,

@@ -140,6 +140,7 @@ def test_cells_are_those_of_python() -> None:
             "gates": c.gates,
             "states": c.states,
             "saved": c.saved,
+            "dense": c.dense,
             "diagonal": c.diagonal,
         }
         for c in sorted(CELLS, key=lambda c: c.id)

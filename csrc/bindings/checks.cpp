@@ -210,7 +210,7 @@ CheckedLayer::CheckedLayer(const LayerTensors& t)
   x_ = unit_stride(x_);
   // Packed weights stand in for these, which may then be views without memory of their own.
   if (!t.packed) w_ih_ = torch_contiguous(w_ih_);
-  if (!t.packed || cell.diagonal) w_hh_ = torch_contiguous(w_hh_);
+  if (!t.packed || !cell.dense) w_hh_ = torch_contiguous(w_hh_);
   h0_ = contiguous(h0_);
   c0_ = contiguous(c0_);
   b_ih_ = contiguous(b_ih_);
@@ -230,7 +230,8 @@ void CheckedLayer::check_weights() {
   output_size = hidden_size;
   check_shape("w_ih", w_ih_, "(G*H, I)", {gate_rows, input_size});
   if (projection) {
-    if (cell.states != 2) fail(std::string("w_hr is for lstm only, got cell ") + cell.name);
+    if (cell.states != 2 || !cell.dense)
+      fail(std::string("w_hr is for lstm only, got cell ") + cell.name);
     check_same("w_hr", *w_hr_, dtype, place);
     if (w_hr_->dim() != 2) fail("w_hr must have shape (P, H), got " + shape_text(*w_hr_));
     output_size = w_hr_->size(0);
@@ -239,11 +240,19 @@ void CheckedLayer::check_weights() {
   }
   if (cell.diagonal)
     check_shape("w_hh", w_hh_, "(H,)", {hidden_size});
+  else if (!cell.dense)
+    check_shape("w_hh", w_hh_, "(0,)", {0});
   else
     check_shape("w_hh", w_hh_, projection ? "(G*H, P)" : "(G*H, H)", {gate_rows, output_size});
+  const bool has_hidden_side = cell.dense || cell.diagonal;
   for (const auto& [name, bias] : {std::pair{"b_ih", &b_ih_}, std::pair{"b_hh", &b_hh_}}) {
     if (!*bias) continue;
     check_same(name, **bias, dtype, place);
+    // Of a cell without a hidden side b_hh may be as empty as w_hh is.
+    if (!has_hidden_side && bias == &b_hh_ && b_hh_->dim() == 1 && b_hh_->numel() == 0) {
+      b_hh_.reset();
+      continue;
+    }
     check_shape(name, **bias, "(G*H,)", {gate_rows});
   }
 }

@@ -74,6 +74,7 @@ class CheckedLayer {
   bool empty() const { return rows == 0; }
   int64_t planes() const { return cell.saved + cell.states - 1 + (projection ? 1 : 0); }
   bool projection;
+  bool has_b_hh() const { return b_hh_.has_value(); }  // one that is not empty
 
   // From now on fill() gives x with all rows, of all steps, x.row_stride apart: as one matrix.
   void space_rows_evenly();

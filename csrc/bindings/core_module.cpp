@@ -124,6 +124,7 @@ std::vector<py::dict> cells() {
     entry["gates"] = info.gates;
     entry["states"] = info.states;
     entry["saved"] = info.saved;
+    entry["dense"] = info.dense;
     entry["diagonal"] = info.diagonal;
     list.push_back(entry);
   }

@@ -160,9 +160,11 @@ struct BackwardCall {
             if_needed(kDh0, {B, P}),
             if_needed(kDc0, {layer.cell.states - 1, B, H}),
             if_needed(kDwIh, {gates, I}),
-            layer.cell.diagonal ? if_needed(kDwHh, {H}) : if_needed(kDwHh, {gates, P}),
+            layer.cell.dense      ? if_needed(kDwHh, {gates, P})
+            : layer.cell.diagonal ? if_needed(kDwHh, {H})
+                                  : empty({0}, layer.dtype, layer.place),
             if_needed(kDbIh, {gates}),
-            if_needed(kDbHh, {gates}),
+            layer.has_b_hh() ? if_needed(kDbHh, {gates}) : empty({0}, layer.dtype, layer.place),
             if_needed(kDwHr, {P, H})};
   }
 
@@ -194,9 +196,10 @@ struct BackwardCall {
     args.dh0 = wanted(kDh0, std::get<1>(result));
     args.dc0 = wanted(kDc0, std::get<2>(result));
     args.dw_ih = wanted(kDwIh, std::get<3>(result));
-    args.dw_hh = wanted(kDwHh, std::get<4>(result));
+    const bool has_w_hh = layer.cell.dense || layer.cell.diagonal;
+    args.dw_hh = has_w_hh ? wanted(kDwHh, std::get<4>(result)) : nullptr;
     args.db_ih = wanted(kDbIh, std::get<5>(result));
-    args.db_hh = wanted(kDbHh, std::get<6>(result));
+    args.db_hh = layer.has_b_hh() ? wanted(kDbHh, std::get<6>(result)) : nullptr;
     args.dw_hr = wanted(kDwHr, std::get<7>(result));
     if (!gates) return args;
     const auto kept = [](const Tensor& tensor) {

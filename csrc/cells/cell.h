@@ -4,7 +4,8 @@
 //   kGates       number of gates G; weights stack them in PyTorch's order
 //   kStates      number of states S carried from step to step; state 0 is h
 //   kSaved       planes that backward needs besides the states (the engine keeps those; h is y)
-//   kRecurrence  how gh comes from h: kDense (w_hh . h) or kDiagonal (u * h)
+//   kRecurrence  how gh comes from h: kDense (w_hh . h), kDiagonal (u * h), or kNone: gh is b_hh or
+//                zeros, w_hh is empty, and what enters a step reaches the cell as `state` alone
 //   kSplitGates  whether dgh differs from dgx (false lets the engine keep one buffer)
 //   kReadsH      whether forward reads h_{t-1} itself, and backward gives a part of its gradient,
 //                besides the way through gh
@@ -23,7 +24,7 @@
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
 
-enum class Recurrence { kDense, kDiagonal };
+enum class Recurrence { kDense, kDiagonal, kNone };
 
 template <int n>
 constexpr int at_least_one = n > 0 ? n : 1;  // an array of length zero is not C++
@@ -33,7 +34,7 @@ constexpr bool is_cell() {
   static_assert(Cell::kGates >= 1 && Cell::kGates <= 4, "a cell has 1 to 4 gates");
   static_assert(Cell::kStates >= 1, "state 0 is h");
   static_assert(Cell::kSaved >= 0, "kSaved counts planes");
-  static_assert(Cell::kRecurrence == Recurrence::kDense || Cell::kGates == 1,
+  static_assert(Cell::kRecurrence != Recurrence::kDiagonal || Cell::kGates == 1,
                 "a diagonal recurrence has one gate");
   return true;
 }

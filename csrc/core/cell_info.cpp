@@ -11,6 +11,7 @@ constexpr CellInfo info(const char* name) {
           Cell::kGates,
           Cell::kStates,
           Cell::kSaved,
+          Cell::kRecurrence == RNNFAST_TARGET::Recurrence::kDense,
           Cell::kRecurrence == RNNFAST_TARGET::Recurrence::kDiagonal,
           Cell::kSplitGates};
 }

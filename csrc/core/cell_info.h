@@ -6,7 +6,7 @@ namespace rnnfast {
 struct CellInfo {
   const char* name;
   int gates, states, saved;
-  bool diagonal, split_gates;
+  bool dense, diagonal, split_gates;  // w_hh is a matrix, a vector, or (neither) empty
 };
 
 extern const int kNumCells;

@@ -84,7 +84,7 @@ Estimate estimate(const Shape& s, const Machine& machine, const Choice& choice) 
   }
   const double gate_rows = static_cast<double>(cell.gates) * s.hidden_size;
   const double ih_bytes = gate_rows * s.input_size * s.itemsize;
-  const double hh_bytes = cell.diagonal ? 0 : gate_rows * s.output_size * s.itemsize;
+  const double hh_bytes = !cell.dense ? 0 : gate_rows * s.output_size * s.itemsize;
 
   Estimate e{};
   // w_hh is swept once a step, w_ih once a chunk; what is swept more often stays in the cache.
@@ -106,7 +106,7 @@ Estimate estimate(const Shape& s, const Machine& machine, const Choice& choice) 
                              threads / kPackedBytes;
   if (choice.threads > 1) {
     e.meetings = wake_time(choice.threads);
-    if (choice.split == Split::kUnits && !cell.diagonal) {
+    if (choice.split == Split::kUnits && cell.dense) {
       const double others = mean_rows * s.output_size * s.itemsize * (1 - 1 / threads);
       e.meetings += steps * (kBarrier + kBarrierEach * threads + kExchangeRow * mean_rows +
                              others / kExchangeBytes);
@@ -118,7 +118,7 @@ Estimate estimate(const Shape& s, const Machine& machine, const Choice& choice) 
 Choice choose_engine(const Shape& s, const Machine& machine, const Wish& wish) {
   const CellInfo& cell = cell_info(s.cell);
   const Kernel kernel = s.packed ? Kernel::kPacked : choose_kernel(s.rows, wish.kernel);
-  Choice best{1, Split::kSerial, kernel, cell.diagonal ? Kernel::kNone : kernel};
+  Choice best{1, Split::kSerial, kernel, cell.dense ? kernel : Kernel::kNone};
   // Splits of several passes leave the choice within one free.
   const int wanted = wish.split > static_cast<int>(Split::kUnits) ? -1 : wish.split;
   if (machine.max_threads < 2 || wanted == static_cast<int>(Split::kSerial)) return best;

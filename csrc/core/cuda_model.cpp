@@ -131,7 +131,7 @@ CudaEstimate estimate_step_engine(const CudaPass& pass, const CudaDevice& device
   const double H = static_cast<double>(s.hidden_size), B = static_cast<double>(s.batch);
   const double P = static_cast<double>(s.output_size);
   const int itemsize = itemsize_of(pass.operand);
-  const double numbers = cell.diagonal ? 0 : cell.gates * H * P;
+  const double numbers = cell.dense ? cell.gates * H * P : 0;
   const double bytes = numbers * s.itemsize, cached = chip(r.second_cache, device, r);
   const double all_clocks = device.multiprocessors * r.clock;
 
@@ -140,7 +140,7 @@ CudaEstimate estimate_step_engine(const CudaPass& pass, const CudaDevice& device
   e.floors.weights = bytes / (bytes > r.second_cache_bytes ? r.memory : cached);
   const GateClocks gates = gate_clocks(cell.gates, pass.backward, B * H, r);
   e.floors.gates = gates.busy / all_clocks;
-  e.floors.exchanges = cell.diagonal ? 0 : 2 * r.launch;
+  e.floors.exchanges = cell.dense ? 2 * r.launch : 0;
   // A product's rows of the batch come in eights.
   e.parts.product = numbers * divide_up(B, kBatchTile) * kBatchTile /
                     (peak(pass.operand, r) * r.library_share * all_clocks);

@@ -115,7 +115,7 @@ std::string place(const OnchipTile& tile) {
 // Why no tile takes the cell and the numbers, whatever the sizes.
 std::string why_not_cell(const Shape& shape, Operand operand) {
   const CellInfo& cell = cell_info(shape.cell);
-  if (cell.diagonal)
+  if (!cell.dense)
     return std::string("the on-chip engine needs a dense recurrence, got ") + cell.name +
            ", whose steps have no product";
   if (shape.output_size != shape.hidden_size)

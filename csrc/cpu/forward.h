@@ -99,7 +99,7 @@ class ForwardPass {
           pack_weights<Format>(gates_, p, args_.output_size, args_.w_hh, s_.w_hh_out);
       }
       if (args_.b_ih) pack_bias(gates_, p, args_.b_ih, s_.b_ih);
-      if (args_.b_hh && Cell::kRecurrence == Recurrence::kDense)
+      if (args_.b_hh && Cell::kRecurrence != Recurrence::kDiagonal)
         pack_bias(gates_, p, args_.b_hh, s_.b_hh);
     }
     if constexpr (std::is_same_v<weight_t, tensor_t>) {
@@ -308,7 +308,7 @@ class ForwardPass {
           gate_product(p, height, args_.output_size,
                        {a.rows + row * a.row, a.row, a.scales ? a.scales + row : nullptr}, s_.w_hh,
                        args_.w_hh, args_.b_hh ? s_.b_hh : nullptr, &gh[0][0], kMaxVectors * kLanes);
-        } else {
+        } else if constexpr (Cell::kRecurrence == Recurrence::kDiagonal) {
           diagonal_product(p, height, h + b * s_.h_row, gh);
         }
         int r = 0;
@@ -404,7 +404,10 @@ class ForwardPass {
       // Whole vectors: panels and h are padded.
       const int64_t at = (g * per_gate + v) * kLanes;
       gates_x[g] = take(gx + at, gx_row_, kLanes);
-      gates_h[g] = take(gh + at, kMaxVectors * kLanes, kLanes);
+      if constexpr (Cell::kRecurrence != Recurrence::kNone)
+        gates_h[g] = take(gh + at, kMaxVectors * kLanes, kLanes);
+      else
+        gates_h[g] = args_.b_hh ? take(s_.b_hh + gates_.offset(p) + at, 0, kLanes) : W{};
     }
     state[0] = args_.w_hr ? W{} : take(h + b * s_.h_row + unit, s_.h_row, kLanes);
     RNNFAST_UNROLL

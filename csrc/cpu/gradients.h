@@ -72,6 +72,8 @@ class GradientPass {
     if constexpr (Cell::kRecurrence == Recurrence::kDiagonal) {
       add_product(gates, s_.dgx, s_.gate_row, x);
       if (args_.dw_hh) diagonal_gradient(gates, chunk, rows, first);
+    } else if constexpr (Cell::kRecurrence == Recurrence::kNone) {
+      add_product(gates, s_.dgx, s_.gate_row, x);
     } else if constexpr (Cell::kSplitGates) {
       add_product(gates, s_.dgx, s_.gate_row, x);
       add_product(gates, s_.dgh, s_.gate_row, h);

@@ -54,7 +54,7 @@ class BackwardPass {
     if (onchip_) return on_chip(stage, index, end);
     const int64_t last = schedule_.steps() - 1;
     int64_t count = 1;
-    if (kDiagonal)
+    if (!kDense)
       while (index + count < end &&
              schedule_.at(last - index - count).rows == schedule_.at(last - index).rows)
         ++count;
@@ -101,7 +101,7 @@ class BackwardPass {
     stage.launch("backward_steps", backward_steps<Cell, scalar_t>, p, rows.rows, H, index > 0);
 
     // The way back through w_hh, for the step before and for h0.
-    if (!kDiagonal)
+    if (kDense)
       stage.rows_by_columns(args_.dh0 ? entry.rows : entry.before, P, gate_rows_,
                             dgh_ + entry.first_row * gate_rows_, args_.w_hh, dh_, Cell::kReadsH);
     finish(stage, entry);
@@ -134,7 +134,7 @@ class BackwardPass {
         dgh = dgh_ + (args_.reverse ? 0 : args_.batch * gate_rows_);
         h = args_.y + (args_.reverse ? args_.batch * P : 0);
       }
-      if (kDiagonal)
+      if (!kDense)
         sum_columns(stage, pairs, dgh, h, args_.dw_hh, nullptr);
       else
         stage.columns_by_columns(gate_rows_, P, pairs, dgh, h, P, args_.dw_hh);
@@ -155,7 +155,7 @@ class BackwardPass {
   }
 
  private:
-  static constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
+  static constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
   static constexpr int64_t kMostSlices = 512;
 
   // All steps [index, end), counted from the last one down, in one launch.

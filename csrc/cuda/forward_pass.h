@@ -23,7 +23,7 @@ class ForwardPass {
         gate_rows_(Cell::kGates * args.hidden_size) {
     const int64_t H = args.hidden_size, B = args.batch;
     gx_ = arena.take<acc_t>(std::min(args.rows, choice.chunk_steps * B) * gate_rows_);
-    gh_ = arena.take<acc_t>(kDiagonal || onchip_ ? 0 : B * gate_rows_);
+    gh_ = arena.take<acc_t>(!kDense || onchip_ ? 0 : B * gate_rows_);
     m_ = arena.take<scalar_t>(args.w_hr ? B * H : 0);
     carry_ = arena.take<acc_t>((Cell::kStates - 1 + (kWideH || onchip_)) * B * H);
   }
@@ -41,11 +41,11 @@ class ForwardPass {
   // The step `order` and those that one launch takes with it, below `end`; their number.
   int64_t step(Stage& stage, int64_t order, int64_t end) {
     if (onchip_) return on_chip(stage, order, end);
-    const int64_t count = kDiagonal ? schedule_.alike(order, end) : 1;
+    const int64_t count = kDense ? 1 : schedule_.alike(order, end);
     const StepRows rows = schedule_.at(order);
     const int64_t H = args_.hidden_size, P = args_.output_size;
     const scalar_t* before = order > 0 ? args_.y + schedule_.at(order - 1).first_row * P : nullptr;
-    const bool product = !kDiagonal && multiply(stage, rows, before);
+    const bool product = kDense && multiply(stage, rows, before);
 
     ForwardSteps<scalar_t> p{};
     p.hidden = H;
@@ -81,7 +81,7 @@ class ForwardPass {
   void end(Stage&) {}
 
  private:
-  static constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
+  static constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
   static constexpr bool kWideH = ForwardUnit<Cell, scalar_t>::kWideH;
   static constexpr bool kHasTiles = has_tiles<Cell, scalar_t>();
 

@@ -1,5 +1,6 @@
 // The pointwise half of a backward step: what arrives at h and c, through the cell, to the
-// gradients of the gates. As forward, a diagonal recurrence takes many steps in one launch.
+// gradients of the gates. As forward, a recurrence without a product takes many steps in
+// one launch.
 #pragma once
 
 #include "../cells/cell.h"
@@ -41,6 +42,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
     backward_steps(const BackwardSteps<scalar_t> p) {
   using acc_t = accumulator_of<scalar_t>;
   constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
+  constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
   constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
   const int64_t unit = first_column();
   const int64_t H = p.hidden;
@@ -97,7 +99,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
         next[s] = kept[(K + s - 1) * H];
         prev[s] = acc_t{};
         if (anew) continue;
-        if (row < p.carried)  // no cell of several states takes several steps
+        if (step + 1 < p.steps)
+          prev[s] = kept[(p.row_step * p.planes + K + s - 1) * H];
+        else if (row < p.carried)
           prev[s] = p.saved_before[(row * p.planes + K + s - 1) * H + unit];
         else if (p.c0)
           prev[s] = widen(p.c0[(s - 1) * p.carry_plane + row * H + unit]);
@@ -115,14 +119,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
         for (int g = 0; g < G; ++g) narrow(dgh[g], to_gh[g * H]);
       }
       if (p.h_entered) narrow(prev[0], p.h_entered[at * H + unit]);
-      if constexpr (kDiagonal) {
-        dstate[0] += u * dgh[0];
-        if (anew && step + 1 < p.steps) dstate[0] = acc_t{};
+      if constexpr (kDiagonal) dstate[0] += u * dgh[0];
+      if constexpr (!kDense) {
+        if (!anew || step + 1 == p.steps) continue;
+        RNNFAST_UNROLL
+        for (int s = 0; s < S; ++s) dstate[s] = acc_t{};
       }
     }
 
     // What goes to the step before; a product adds the way through w_hh to dh.
-    if (kDiagonal || Cell::kReadsH) p.dh[row * H + unit] = dstate[0];
+    if (!kDense || Cell::kReadsH) p.dh[row * H + unit] = dstate[0];
     RNNFAST_UNROLL
     for (int s = 1; s < S; ++s) p.dc[(s - 1) * p.carry_plane + row * H + unit] = dstate[s];
   }

@@ -1,7 +1,7 @@
 // The pointwise half of a forward step: everything between two products, one thread a hidden unit.
 //
-// A dense recurrence takes one step a launch, since its product comes in between; a diagonal one
-// has no product and takes all steps with the same rows in one launch, its state in registers.
+// A dense recurrence takes one step a launch, since its product comes in between; any other has no
+// product and takes all steps with the same rows in one launch, its state in registers.
 #pragma once
 
 #include <type_traits>
@@ -42,6 +42,7 @@ template <class Cell, class scalar_t>
 struct ForwardUnit {
   using acc_t = accumulator_of<scalar_t>;
   static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
+  static constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
   static constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
   // y rounds h, which is then carried beside it where the next state needs it.
   static constexpr bool kWideH = !std::is_same_v<acc_t, scalar_t> && (kDiagonal || Cell::kReadsH);
@@ -97,6 +98,8 @@ struct ForwardUnit {
     for (int g = 0; g < G; ++g) {
       if constexpr (kDiagonal)
         gh[g] = u * state[0] + b_hh[g];
+      else if constexpr (!kDense)
+        gh[g] = b_hh[g];
       else
         gh[g] = row < p.products && !anew ? p.gh[(row * G + g) * H + unit] + b_hh[g] : b_hh[g];
     }
@@ -138,9 +141,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
     forward_steps(const ForwardSteps<scalar_t> p) {
   using Unit = ForwardUnit<Cell, scalar_t>;
   using acc_t = accumulator_of<scalar_t>;
-  // Steps of a diagonal recurrence whose gx is asked for at the same time: the loads do not depend
+  // Steps without a product whose gx is asked for at the same time: the loads do not depend
   // on each other, the steps do.
-  constexpr int kAhead = Unit::kDiagonal ? 4 : 1;
+  constexpr int kAhead = Unit::kDense ? 1 : 4;
   const int64_t column = first_column();
   // Everything that this kernel reads is written before it, the product by the launch just before.
   wait_for_launch_before();

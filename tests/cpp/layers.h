@@ -58,7 +58,7 @@ struct Layer {
     fill(h0, B * P);
     fill(c0, (info.states - 1) * B * H);
     fill(w_ih, info.gates * H * I);
-    fill(w_hh, info.diagonal ? H : info.gates * H * P);
+    fill(w_hh, info.dense ? info.gates * H * P : info.diagonal ? H : 0);
     fill(b_ih, info.gates * H);
     fill(b_hh, info.gates * H);
     if (p) fill(w_hr, P * H);
