@@ -39,6 +39,8 @@ def _node(
     reverse: bool,
 ) -> tuple[Any, Any, Any, Any]:
     spec = CELLS[cell]
+    if spec.name not in _NODES:
+        _refuse(f"node for {spec.name}", "export it under use_engine('reference'), step by step")
     name, order, attributes = _NODES[spec.name]
     hidden = w_ih.shape[0] // spec.gates
 

@@ -14,7 +14,7 @@ from ._checks import DTYPES
 from ._layer import spec_of
 from ._modes import is_transformed, transforms_active
 from ._step_plan import StepPlan
-from .modules import GRU, LSTM, RNN, IndRNN
+from .modules import GRU, LAYERS, LSTM, RNN, IndRNN
 
 __all__ = ["QuantizedGRU", "QuantizedIndRNN", "QuantizedLSTM", "QuantizedRNN", "quantize"]
 
@@ -249,6 +249,8 @@ def _why_not(module: nn.Module) -> str | None:
     if type(module) not in _QUANTIZED:
         if isinstance(module, nn.RNNCellBase):
             return "cells keep their weights; a layer that is given one step and its state has int8"
+        if type(module) in LAYERS:
+            return f"there is no int8 form of {type(module).__name__}"
         return f"its class {type(module).__name__} is derived from a layer and may differ"
     for name in module._flat_weights_names:  # type: ignore[union-attr]
         w = getattr(module, name)

@@ -145,8 +145,11 @@ class Scan(torch.autograd.Function):
             grads: Any = _gradients(dh, a, h, h0, ctx.reverse)
         elif _modes.is_beyond_kernels((dh,)) and not _modes.transforms_active():
             grads = _gradients(dh, a, h, h0, ctx.reverse, reference.scan)
-        else:
+        elif torch.is_grad_enabled() or _modes.transforms_active():
             grads = ScanBackward.apply(dh, a, h, h0, ctx.reverse, needs)
+        else:  # nobody will differentiate the gradients
+            with below_autograd():
+                grads = scan_backward(dh, a, h, h0, ctx.reverse, needs)
         return (*_chosen(grads, needs), None)
 
     @staticmethod

@@ -20,6 +20,13 @@ CELLS = {
     "rnn_relu": "RnnCell<Relu, dense>",
     "indrnn_tanh": "RnnCell<Tanh, diagonal>",
     "indrnn_relu": "RnnCell<Relu, diagonal>",
+    "min_gru": "MinGruCell<Positive>",
+    "min_gru_linear": "MinGruCell<Identity>",
+    "min_lstm": "MinLstmCell<Positive>",
+    "min_lstm_linear": "MinLstmCell<Identity>",
+    "qrnn_f": "QrnnFCell",
+    "qrnn_fo": "QrnnCell<false>",
+    "qrnn_ifo": "QrnnCell<true>",
 }
 DTYPES = ("float", "double", "Float16", "BFloat16")
 # What csrc/core/onchip_tiles.h lists, and the cells and dtypes that a tile serves.

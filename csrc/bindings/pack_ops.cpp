@@ -48,12 +48,12 @@ void check_bytes(const char* name, const char* scale_name, const Tensor& w, cons
   check_shape(scale_name, scale, "(rows of the weight,)", {w.size(0)});
 }
 
-// As pack, from bytes and their scales; w_hh of a diagonal cell is float32 and has none.
+// As pack, from bytes and their scales; a w_hh that is no matrix is float32 and has none.
 Tensor pack_int8(Tensor w_ih, Tensor scale_ih, Tensor w_hh, OptionalTensor scale_hh,
                  OptionalTensor w_hr, OptionalTensor scale_hr, int64_t cell) {
-  const bool diagonal = checked_cell(cell).diagonal;
+  const bool keeps_hh = !checked_cell(cell).dense;
   check_bytes("w_ih", "scale_ih", w_ih, scale_ih);
-  if (!diagonal) {
+  if (!keeps_hh) {
     if (!scale_hh) fail("scale_hh must be given, it is None");
     check_bytes("w_hh", "scale_hh", w_hh, *scale_hh);
   }
@@ -65,7 +65,7 @@ Tensor pack_int8(Tensor w_ih, Tensor scale_ih, Tensor w_hh, OptionalTensor scale
   const auto shape_of = [](const Tensor& w) { return empty_as(w, ScalarType::Float); };
   OptionalTensor projection;
   if (w_hr) projection.emplace(shape_of(*w_hr));
-  const CheckedLayer layer = layer_of_weights(shape_of(w_ih), diagonal ? w_hh : shape_of(w_hh),
+  const CheckedLayer layer = layer_of_weights(shape_of(w_ih), keeps_hh ? w_hh : shape_of(w_hh),
                                               projection, cell, ScalarType::Float, true);
   LayerArgs<float> args{};
   layer.fill(args);
@@ -80,7 +80,7 @@ Tensor pack_int8(Tensor w_ih, Tensor scale_ih, Tensor w_hh, OptionalTensor scale
     return s ? static_cast<const float*>(s->const_data_ptr()) : nullptr;
   };
   const Int8Weights weights{bytes(ih),
-                            diagonal ? nullptr : bytes(hh),
+                            keeps_hh ? nullptr : bytes(hh),
                             hr ? bytes(*hr) : nullptr,
                             scales(s_ih),
                             scales(s_hh),

@@ -25,7 +25,7 @@ class BackwardPass {
         gate_rows_(Cell::kGates * args.hidden_size),
         planes_(Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0)),
         plain_(!args.reset && !args.h0 && !args.batch_sizes),
-        keeps_h_(args.dw_hh && !plain_) {
+        keeps_h_(kHasHidden && args.dw_hh && !plain_) {
     const int64_t N = args.rows, H = args.hidden_size, P = args.output_size, B = args.batch;
     dgx_ = args.dgx ? args.dgx : arena.take<scalar_t>(N * gate_rows_);
     if (!Cell::kSplitGates)
@@ -125,7 +125,7 @@ class BackwardPass {
     if (args_.dw_ih)
       stage.columns_by_columns(gate_rows_, I, N, dgx_, args_.x.data, args_.x.row_stride,
                                args_.dw_ih);
-    if (args_.dw_hh) {
+    if (kHasHidden && args_.dw_hh) {
       // Pairs of a step and what entered it: rows of y one step away, or those that were kept.
       const scalar_t *dgh = dgh_, *h = h_entered_;
       int64_t pairs = N;
@@ -155,6 +155,7 @@ class BackwardPass {
   }
 
  private:
+  static constexpr bool kHasHidden = Cell::kRecurrence != Recurrence::kNone;
   static constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
   static constexpr int64_t kMostSlices = 512;
 

@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
   using acc_t = accumulator_of<scalar_t>;
   // Steps without a product whose gx is asked for at the same time: the loads do not depend
   // on each other, the steps do.
-  constexpr int kAhead = Unit::kDense ? 1 : 4;
+  constexpr int kAhead = Unit::kDense ? 1 : Unit::G > 2 ? 2 : 4;  // as registers allow
   const int64_t column = first_column();
   // Everything that this kernel reads is written before it, the product by the launch just before.
   wait_for_launch_before();

@@ -246,7 +246,7 @@ int main() {
         const Layer small(cell, 3, 5, 3, 5, 0, uneven, reverse);
         check_layer(small, what + " small");
         check_layer(small.with_resets(), what + " small, resets");
-        if (cell_info(cell).states == 2)
+        if (cell_info(cell).states == 2 && cell_info(cell).dense)
           check_layer(Layer(cell, 3, 4, 3, 7, 3, uneven, reverse), what + " projected");
       }
   // Large enough for two threads: by rows of the batch, and by units.
@@ -264,7 +264,7 @@ int main() {
       check_stack({first, above, above}, std::string(cell_info(cell).name) + " stack");
       check_stack({first.with_resets(), above.with_resets()},
                   std::string(cell_info(cell).name) + " stack, resets");
-      if (cell_info(cell).states == 2) {
+      if (cell_info(cell).states == 2 && cell_info(cell).dense) {
         const Layer narrow(cell, 70, 9, 6, 20, 7, uneven, false),
             next(cell, 70, 9, 7, 20, 7, uneven, false);
         check_stack({narrow, next}, std::string(cell_info(cell).name) + " stack, projected");
