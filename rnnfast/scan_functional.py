@@ -200,10 +200,10 @@ _DOC = r"""{what}
 _CANDIDATE = "nonlinearity: of the candidate, ``'g'`` or ``'identity'``"
 _PAPER = "(Feng et al. 2024, arXiv:2410.01201), as :class:`rnnfast."
 for _function, _text in (
-    (min_gru, ("minGRU", "MinGRU(10, 20)", "2", "nonlinearity", _CANDIDATE, _PAPER + "MinGRU`.")),
+    (min_gru, ("MinGRU", "MinGRU(10, 20)", "2", "nonlinearity", _CANDIDATE, _PAPER + "MinGRU`.")),
     (
         min_lstm,
-        ("minLSTM", "MinLSTM(10, 20)", "3", "nonlinearity", _CANDIDATE, _PAPER + "MinLSTM`."),
+        ("MinLSTM", "MinLSTM(10, 20)", "3", "nonlinearity", _CANDIDATE, _PAPER + "MinLSTM`."),
     ),
     (
         qrnn,

@@ -59,7 +59,7 @@ class _ScanLayer(Layer):
 
 
 class MinGRU(_ScanLayer, OneStateCalls):
-    r"""minGRU: a GRU whose gates see the input alone.
+    r"""MinGRU: a GRU whose gates see the input alone.
 
     .. math::
         \begin{aligned}
@@ -144,7 +144,7 @@ class MinGRU(_ScanLayer, OneStateCalls):
 
 
 class MinLSTM(_ScanLayer, OneStateCalls):
-    r"""minLSTM: an LSTM of one state whose gates see the input alone and add up to one.
+    r"""MinLSTM: an LSTM of one state whose gates see the input alone and add up to one.
 
     .. math::
         \begin{aligned}
@@ -310,7 +310,7 @@ class QRNN(_ScanLayer):
     def forward(
         self, input: Any, hx: Any = None, reset: Any = None, lengths: Any = None
     ) -> tuple[Any, Any]:
-        """Run the layer; :meth:`rnnfast.LSTM.forward` says how."""
+        """Run the layer, see :func:`rnnfast.LSTM.forward`."""
         if self.kernel_size == 1 or not isinstance(input, (Tensor, PackedSequence)):
             return super().forward(input, hx, reset, lengths)
         features = (input if isinstance(input, Tensor) else input.data).size(-1)
@@ -344,7 +344,7 @@ class QRNN(_ScanLayer):
         return y, tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
 
     def step(self, input: Any, state: Any = None, reset: Any = None) -> tuple[Any, Any]:
-        """Run one step of a layer with ``kernel_size=1``; :meth:`rnnfast.LSTM.step` says how."""
+        """Run one step of a layer with ``kernel_size=1``, see :func:`rnnfast.LSTM.step`."""
         if self.kernel_size > 1:
             raise RuntimeError(
                 "rnnfast: step needs kernel_size=1, got "

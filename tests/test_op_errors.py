@@ -348,7 +348,7 @@ def test_packed_weights_of_another_layer_are_refused() -> None:
         ("last_run", (99,)),
         ("last_run", (-1,)),
         ("choose", (9, 0, 1, 1, 1, 1, 1, 4, 1)),
-        ("choose", (0, 9, 1, 1, 1, 1, 1, 4, 1)),
+        ("choose", (0, 99, 1, 1, 1, 1, 1, 4, 1)),
         ("choose", (4, 0, 1, 1, 1, 1, 1, 3, 1)),
         ("choose", (4, 0, -1, 1, 1, 1, 1, 4, 1)),
         ("choose", (4, 0, 1, 1, 1, 1, 1, 4, 0)),
