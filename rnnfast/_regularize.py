@@ -190,7 +190,8 @@ def _layer_by_layer(
     each = len(weights) // num_layers
     if h0 is None and order is not None and torch.compiler.is_compiling():
         # one batch for all layers: of packed rows alone, each would have one of unknown size
-        h0 = x.new_zeros(num_layers * directions, order.size(0), weights[1].size(-1))
+        out = weights[1].size(-1) if spec.has_hidden_side else weights[0].size(0) // spec.gates
+        h0 = x.new_zeros(num_layers * directions, order.size(0), out)
     y = sequences.without_padding(x) if options.residual else x
     added: Tensor | None = None
     states: list[tuple[Tensor, Tensor]] = []

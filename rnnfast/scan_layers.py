@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,11 @@ class _ScanLayer(Layer):
         self.reset_parameters()
 
     def _complete(self, weights: Sequence[Any]) -> Sequence[Any]:
+        if self.__dict__.get("weight_dropout"):
+            raise RuntimeError(
+                "rnnfast: weight_dropout is for layers with a w_hh, which "
+                f"{type(self).__name__} has not; it must be 0, got {self.weight_dropout!r}"
+            )
         return complete(weights, self.bias)
 
     def reset_parameters(self) -> None:
@@ -140,7 +145,7 @@ class MinGRU(_ScanLayer, OneStateCalls):
         )  # fmt: skip
         self.nonlinearity = nonlinearity
         self._make("MIN_GRU" + CANDIDATES[nonlinearity].upper(), 1, bias, device, dtype)
-        self._set_recompute(recompute)
+        self._set_options(recompute, 0.0, 0.0, False, False)
 
 
 class MinLSTM(_ScanLayer, OneStateCalls):
@@ -218,7 +223,7 @@ class MinLSTM(_ScanLayer, OneStateCalls):
         )  # fmt: skip
         self.nonlinearity = nonlinearity
         self._make("MIN_LSTM" + CANDIDATES[nonlinearity].upper(), 1, bias, device, dtype)
-        self._set_recompute(recompute)
+        self._set_options(recompute, 0.0, 0.0, False, False)
 
 
 class QRNN(_ScanLayer):
@@ -269,8 +274,8 @@ class QRNN(_ScanLayer):
 
     Raises:
         ValueError, RuntimeError, TypeError: as :class:`rnnfast.LSTM`; an unknown ``pooling``, a
-            ``kernel_size`` below 1; ``step`` with a ``kernel_size`` above 1, which would need the
-            inputs before it
+            ``kernel_size`` below 1; with a ``kernel_size`` above 1 ``step``, which would need the
+            inputs before it, ``mask``, ``input_dropout``, ``residual`` and ``return_last``
 
     Example::
 
@@ -305,14 +310,19 @@ class QRNN(_ScanLayer):
         )  # fmt: skip
         self.kernel_size, self.pooling = kernel_size, pooling
         self._make(POOLINGS[pooling].upper(), kernel_size, bias, device, dtype)
-        self._set_recompute(recompute)
+        self._set_options(recompute, 0.0, 0.0, False, False)
 
     def forward(
-        self, input: Any, hx: Any = None, reset: Any = None, lengths: Any = None
+        self, input: Any, hx: Any = None, reset: Any = None, lengths: Any = None, mask: Any = None
     ) -> tuple[Any, Any]:
         """Run the layer, see :func:`rnnfast.LSTM.forward`."""
         if self.kernel_size == 1 or not isinstance(input, (Tensor, PackedSequence)):
-            return super().forward(input, hx, reset, lengths)
+            return super().forward(input, hx, reset, lengths, mask)
+        for option in ("input_dropout", "residual", "return_last"):
+            if self.__dict__.get(option):
+                self._refuse(option)
+        if mask is not None:
+            self._refuse("mask")
         features = (input if isinstance(input, Tensor) else input.data).size(-1)
         if features != self.input_size:
             raise RuntimeError(
@@ -351,6 +361,12 @@ class QRNN(_ScanLayer):
                 f"{self.kernel_size}: a convolution needs the inputs before the step"
             )
         return super().step(input, state, reset)
+
+    def _refuse(self, option: str) -> NoReturn:
+        raise RuntimeError(
+            f"rnnfast: {option} of QRNN needs kernel_size=1, got {self.kernel_size}: a convolution "
+            "goes over steps before the layer does"
+        )
 
     def _states(self, hx: Any, directions: int) -> list[Any]:
         """The part of each layer."""

@@ -332,6 +332,29 @@ def test_on_the_device_of_loops(kind: str, reverse: bool) -> None:
         close(*results)
 
 
+@each
+def test_masks_and_options_around_the_cells(kind: str) -> None:
+    layer = make(kind, 18, 18, num_layers=2, **({"kernel_size": 1} if "qrnn" in kind else {}))
+    x, valid = torch.randn(9, 3, 18, dtype=f64), torch.rand(9, 3) < 0.6
+    want, end = layer(x)
+    y, found = layer(x, mask=torch.ones(9, 3, dtype=torch.bool))
+    close((y, found), (want, end))
+    y = layer(x, mask=valid)[0]
+    for b in range(3):
+        if valid[:, b].any():
+            close(y[valid[:, b], b], layer(x[valid[:, b], b])[0])
+    layer.return_last = True
+    last = layer(x)[0]
+    close(last, want[-1])
+    packed = pack_padded_sequence(x, torch.tensor([9, 2, 5]), enforce_sorted=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager")
+    close(compiled(packed)[0], layer(packed)[0])
+    layer.weight_dropout = 0.5
+    with pytest.raises(RuntimeError, match="weight_dropout is for layers with a w_hh, which"):
+        layer(x)
+
+
 # --------------------------------------------------------------------------- extremes, errors
 
 
@@ -369,6 +392,11 @@ def test_gates_of_min_lstm_where_both_vanish() -> None:
             lambda: rnnfast.QRNN(3, 4, 2)(torch.ones(2, 1, 3), (torch.ones(1, 1, 4),) * 2),
             RuntimeError,
             r"hx must hold L\*D = 2 states, got \(1, 1, 4\)",
+        ),
+        (
+            lambda: rnnfast.QRNN(3, 4)(torch.ones(2, 1, 3), mask=torch.ones(2, 1) > 0),
+            RuntimeError,
+            "mask of QRNN needs kernel_size=1, got 2",
         ),
         (lambda: rnnfast.QRNN(3, 4).step(torch.ones(1, 3)), RuntimeError, "needs kernel_size=1"),
         (
