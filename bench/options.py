@@ -20,6 +20,18 @@ def _step(call: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any)
     return torch.autograd.grad(call(*args, **kwargs).sum(), list(layer.parameters()))
 
 
+def relu_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """A step of an LSTM or a GRU with relu in place of tanh."""
+    if gx.size(-1) == 4 * h.size(-1):
+        i, f, g, o = (gx + gh).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.relu(g)
+        return torch.sigmoid(o) * torch.relu(c), c
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = gx.chunk(3, -1), gh.chunk(3, -1)
+    n = torch.relu(x_n + torch.sigmoid(x_r + h_r) * h_n)
+    z = torch.sigmoid(x_z + h_z)
+    return n + z * (h - n), c
+
+
 def plain_ways(layer: Any, x: Tensor, mask: Tensor) -> dict[str, Callable[[], Tensor]]:
     """What a user of torch.nn writes, by the name of the option."""
     steps, batch, features = x.shape
@@ -39,6 +51,18 @@ def plain_ways(layer: Any, x: Tensor, mask: Tensor) -> dict[str, Callable[[], Te
         y, _ = pad_packed_sequence(layer(packed)[0], total_length=steps)
         return torch.zeros_like(y).scatter(0, order.expand_as(y), y)
 
+    # Dynamo would unroll the loop over time, so only a step is compiled
+    step = torch.compile(relu_step)
+    w_ih, w_hh, b_ih, b_hh = layer.parameters()
+
+    def other_activation() -> Tensor:
+        h = c = x.new_zeros(batch, layer.hidden_size)
+        y = []
+        for gx in (nn.functional.linear(x, w_ih, b_ih)).unbind(0):
+            h, c = step(gx, torch.addmm(b_hh, h, w_hh.t()), h, c)
+            y.append(h)
+        return torch.stack(y)
+
     def last() -> Tensor:
         state = layer(x)[1]
         return state[0][-1] if isinstance(state, tuple) else state[-1]
@@ -48,6 +72,7 @@ def plain_ways(layer: Any, x: Tensor, mask: Tensor) -> dict[str, Callable[[], Te
         "input_dropout": one_mask,
         "mask": valid_steps,
         "return_last": last,
+        "activation": other_activation,
     }
 
 
@@ -62,6 +87,7 @@ def calls_of_options(cell: str, T: int, B: int, H: int) -> dict[str, dict[str, C
             ("input_dropout", {"input_dropout": P}),
             ("mask", {}),
             ("return_last", {"return_last": True}),
+            ("activation", {"activation": "relu"}),
         )
     }
     theirs, bare = getattr(nn, cell)(H, H), layers["mask"]

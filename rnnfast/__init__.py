@@ -12,6 +12,7 @@ from ._patched import patched
 from ._truncated import truncated
 from .accelerate import accelerate, restore
 from .cell_modules import GRUCell, LSTMCell, RNNCell
+from .cells import ACTIVATIONS
 from .engine import engines, last_run, use_engine
 from .explain import Explanation, explain
 from .lazy import LazyGRU, LazyIndRNN, LazyLSTM, LazyRNN
@@ -22,6 +23,7 @@ from .recurrent import Recurrent
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACTIVATIONS",
     "GRU",
     "LSTM",
     "QRNN",

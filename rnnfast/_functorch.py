@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import ops
 from ._modes import has_tangent
-from .cells import CELLS, CellSpec
+from .cells import CellSpec, cell_spec
 
 _functorch = torch._C._functorch
 _VMAP, _GRAD = _functorch.TransformType.Vmap, _functorch.TransformType.Grad
@@ -133,7 +133,7 @@ class Forward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.call, *tensors = inputs
         y, _, c_n, saved = output
-        one_state = CELLS[ctx.call.cell].states == 1
+        one_state = cell_spec(ctx.call.cell).states == 1
         ctx.mark_non_differentiable(saved, *([c_n] if one_state else []))
         ctx.save_for_backward(*tensors, y, saved)
 
@@ -289,7 +289,7 @@ def _per_sample(size: int, call: _Call, tensors: Sequence[Tensor]) -> Any:
         grads["w_ih"] = of_weights(dgx, x)
     if "w_hh" in call.wanted:
         h = _entered(y, h0, reset, call.reverse)
-        grads["w_hh"] = total(dgh * h) if CELLS[call.cell].diagonal else of_weights(dgh, h)
+        grads["w_hh"] = total(dgh * h) if cell_spec(call.cell).diagonal else of_weights(dgh, h)
     if "b_ih" in call.wanted:
         grads["b_ih"] = total(dgx)
     if "b_hh" in call.wanted:

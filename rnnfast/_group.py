@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _modes, ops
 from ._passes import Pass
-from .cells import CELLS, CellSpec
+from .cells import CellSpec, cell_spec
 
 _forward_group = torch.ops.rnnfast.forward_group.default
 _forward_group_last = torch.ops.rnnfast.forward_group_last.default
@@ -75,7 +75,7 @@ class _Group(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.chained = cell, chained
         fixed = out[3::4]
-        if CELLS[cell].states == 1:
+        if cell_spec(cell).states == 1:
             fixed += out[2::4]
         ctx.mark_non_differentiable(*fixed)
         ctx.save_for_backward(x, batch_sizes, *tensors, *out[0::4], *out[3::4])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _modes, ops
 from ._recompute import AsPlain
-from .cells import CELLS
+from .cells import cell_spec
 
 forward_last = torch.ops.rnnfast.forward_last.default
 
@@ -25,7 +25,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     *tensors, ctx.packed, ctx.cell, ctx.reverse = inputs
-    if CELLS[ctx.cell].states == 1:
+    if cell_spec(ctx.cell).states == 1:
         ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors)
 

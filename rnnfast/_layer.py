@@ -12,7 +12,7 @@ from . import _regularize, _run, _step
 from ._checks import check_recompute
 from ._freeze import Frozen, why_not
 from ._step_plan import StepPlan
-from .cells import CellSpec, cell_spec
+from .cells import CellSpec, cell_spec, chosen_cell
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,7 +36,20 @@ SPECS: dict[str, CellSpec] = {
 
 def spec_of(layer: nn.Module) -> CellSpec:
     """The cell of a layer."""
-    return SPECS[layer.mode]  # type: ignore[index]
+    return getattr(layer, "_cell", None) or SPECS[layer.mode]  # type: ignore[index]
+
+
+def text_of_cell(layer: nn.Module) -> str:
+    """What was chosen, as the constructor takes it."""
+    spec: Any = layer._cell
+    if spec is None:
+        return ""
+    plain, text = CellSpec("", 0, 0, 0, 0), ""
+    if spec.activation != plain.activation:
+        text += f", activation={spec.activation}"
+    if spec.gate_activation != plain.gate_activation and spec.gates > 1:
+        text += f", gate_activation={spec.gate_activation}"
+    return text + (f", cell_clip={spec.clip:g}" if spec.clip else "")
 
 
 def no_proj_size(kwargs: dict[str, Any], name: str) -> None:
@@ -51,6 +64,7 @@ class Layer(nn.RNNBase):
     """What the layers share."""
 
     _frozen: Frozen | None = None
+    _cell: CellSpec | None = None  # where activations or a bound were chosen
     #: Whether forward keeps only the states every 64 steps for backward, which computes the gates
     #: between them anew. May be set at any time, and holds from the next call on.
     recompute: bool = False
@@ -62,6 +76,34 @@ class Layer(nn.RNNBase):
     #: Whether the output is that of the last step only. May be set at any time.
     return_last: bool = False
     residual: bool = False
+
+    def _choose(self, kind: str, *options: Any) -> None:
+        spec = chosen_cell(type(self).__name__.removeprefix("Lazy"), kind, *options)
+        if spec.options:
+            self._cell = spec
+
+    def _nonlinearity(self, kind: str, nonlinearity: str, activation: str | None) -> str:
+        """torch.nn's argument; an activation that torch.nn has not is chosen."""
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        if activation is None:
+            return nonlinearity
+        self._choose(kind, activation)
+        return "tanh" if self._cell else activation
+
+    @property
+    def activation(self) -> str:
+        """The activation of the state, and of the candidate for it."""
+        return (
+            getattr(self, "nonlinearity", "tanh") if self._cell is None else self._cell.activation
+        )
+
+    @property
+    def gate_activation(self) -> str:
+        """The activation of the gates."""
+        return "sigmoid" if self._cell is None else self._cell.gate_activation
 
     def _set_options(self, recompute: bool, *options: Any) -> None:
         name = type(self).__name__
@@ -156,7 +198,7 @@ class Layer(nn.RNNBase):
             >>> output, state = layer(torch.randn(5, 3, 10), mask=torch.rand(5, 3) < 0.8)
         """
         return _run.of_module(
-            type(self).__name__, SPECS[self.mode], self, input, hx, reset, lengths, mask
+            type(self).__name__, spec_of(self), self, input, hx, reset, lengths, mask
         )
 
     def step(self, input: Any, state: Any = None, reset: Any = None) -> tuple[Any, Any]:
@@ -193,15 +235,16 @@ class Layer(nn.RNNBase):
             ...     for x in stream:                       # each (B, 10)
             ...         y, state = layer.step(x, state)
         """
-        return _step.step(self, SPECS[self.mode], input, state, reset)
+        return _step.step(self, spec_of(self), input, state, reset)
 
     def extra_repr(self) -> str:
         """What differs from a default; torch.nn's text, and what torch.nn has not."""
         text = super().extra_repr()
         usual = "relu" if self.mode.startswith("IND") else "tanh"
         nonlinearity = getattr(self, "nonlinearity", usual)
-        if nonlinearity != usual:
+        if nonlinearity != usual and self._cell is None:
             text += f", nonlinearity={nonlinearity}"
+        text += text_of_cell(self)
         if self.recompute:
             text += ", recompute=True"
         text += _regularize.text(self)
@@ -244,7 +287,7 @@ class Layer(nn.RNNBase):
         """
         count = self.num_layers * (2 if self.bidirectional else 1)
         self._frozen = Frozen(
-            SPECS[self.mode], self._parameters, self._flat_weights_names, count, self._complete
+            spec_of(self), self._parameters, self._flat_weights_names, count, self._complete
         )
         return self
 

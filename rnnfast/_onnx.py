@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import _last, _lengths, ops
-from .cells import CELLS
+from .cells import cell_spec
 
 __all__ = ["onnx_translations"]
 
@@ -38,7 +38,7 @@ def _node(
     cell: int,
     reverse: bool,
 ) -> tuple[Any, Any, Any, Any]:
-    spec = CELLS[cell]
+    spec = cell_spec(cell)
     if spec.name not in _NODES:
         _refuse(f"node for {spec.name}", "export it under use_engine('reference'), step by step")
     name, order, attributes = _NODES[spec.name]

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _modes, engine, ops
 from ._checks import check_layer
 from ._modes import is_beyond_kernels
-from .cells import CELLS, cell_spec
+from .cells import cell_spec
 
 # Steps from one kept state to the next. Fewer keep more states and leave the threads less to
 # share, more make what backward holds at a time larger; between 32 and 128 the time hardly changes.
@@ -52,7 +52,7 @@ def _packed(x: Tensor, w_ih: Tensor, w_hh: Tensor, w_hr: Tensor | None, cell: in
     so y has the bits that it has there."""
     if not x.is_cpu or x.is_meta or x.numel() == 0:
         return None
-    hidden = w_ih.size(0) // CELLS[cell].gates
+    hidden = w_ih.size(0) // cell_spec(cell).gates
     rows = x.numel() // x.size(-1)
     sizes = (rows, 1, x.size(-1), hidden, hidden if w_hr is None else w_hr.size(0))
     if engine.choose(cell, sizes, x.element_size(), 1)[2] != "packed":
@@ -226,7 +226,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
     ctx.cell, ctx.reverse, ctx.every = inputs[10:]
     *_, c_n, h_kept, c_kept = output
-    one_state = CELLS[ctx.cell].states == 1
+    one_state = cell_spec(ctx.cell).states == 1
     ctx.mark_non_differentiable(h_kept, c_kept, *([c_n] if one_state else []))
     ctx.save_for_backward(*inputs[:10], h_kept, c_kept)
 

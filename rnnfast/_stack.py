@@ -19,7 +19,7 @@ from torch import Tensor
 from . import _group, _lengths, _passes, ops, reference
 from ._checks import has_values
 from ._modes import is_beyond_kernels, refuse_tangents, transforms_active
-from .cells import CELLS, CellSpec
+from .cells import CellSpec, cell_spec
 
 # Gives y, h_n, c_n, and for backward the output of each layer below the last, what each pass saved,
 # and the masks of dropout between layers. A Tensor?[] would lose gradients: weights are those there
@@ -153,7 +153,7 @@ def _forward_fake(
         # an unknown batch, which must be the same one in all passes
         count = num_layers * directions
         each = len(weights) // count
-        out = weights[each - 1].size(0) if each % 2 else weights[0].size(0) // CELLS[cell].gates
+        out = weights[each - 1].size(0) if each % 2 else weights[0].size(0) // cell_spec(cell).gates
         batch = ops._batch(batch_sizes, None if c0 is None else c0[0, :])
         h0 = x.new_empty((count, batch, out))
     numbers = (cell, num_layers, directions, dropout, save)
@@ -289,7 +289,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
     ctx.set_materialize_grads(False)
     x, h0, c0, weights, batch_sizes, lengths, reset, *ctx.numbers, ctx.save = inputs
     y, _, c_n, *kept = output
-    ctx.mark_non_differentiable(*kept, *([c_n] if CELLS[ctx.numbers[0]].states == 1 else []))
+    ctx.mark_non_differentiable(*kept, *([c_n] if cell_spec(ctx.numbers[0]).states == 1 else []))
     ctx.save_for_backward(x, h0, c0, batch_sizes, lengths, reset, y, *weights, *kept)
 
 

@@ -32,7 +32,13 @@ class _Layer(ctypes.Structure):
 
 _library = ctypes.CDLL(str(library_path()))
 _make = _library.rnnfast_make_step_plan
-_make.argtypes = (*(ctypes.c_int,) * 3, ctypes.c_int64, ctypes.POINTER(_Layer))
+_make.argtypes = (
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.POINTER(_Layer),
+)
 _make.restype = ctypes.c_void_p
 _free = _library.rnnfast_free_step_plan
 _free.argtypes, _free.restype = (ctypes.c_void_p,), None

@@ -1,10 +1,21 @@
-"""The cells by name and number; the same ids as csrc/cells/list.h."""
+"""The cells by name and number; the same ids as csrc/cells/list.h, the same codes as
+csrc/core/cell_code.h."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import struct
+from dataclasses import dataclass, replace
+from typing import Any
 
-__all__ = ["CELLS", "CellSpec", "cell_spec"]
+__all__ = ["ACTIVATIONS", "CELLS", "CellSpec", "cell_spec", "chosen_cell"]
+
+#: The activations that a layer may choose, by the names of :mod:`torch.nn.functional`; csrc numbers
+#: them from 1 on.
+ACTIVATIONS = (
+    "sigmoid", "tanh", "relu", "hard_sigmoid", "hard_tanh", "softsign", "elu", "selu", "gelu",
+    "silu", "softplus", "leaky_relu", "linear",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -13,7 +24,8 @@ class CellSpec:
 
     Args:
         name: the cell's name, the one that :mod:`rnnfast.functional` uses
-        id: the ``cell`` argument of the dispatcher's operators
+        id: the ``cell`` argument of the dispatcher's operators: a number of csrc/cells/list.h, and
+            in higher bits what was chosen
         gates: number of gates ``G``; weights stack them in PyTorch's order
         states: number of states ``S`` carried from step to step; the first is ``h``
         saved: gate planes that the forward pass keeps for the backward pass
@@ -21,6 +33,9 @@ class CellSpec:
         dense: whether the recurrence is ``w_hh @ h``; where it is neither, w_hh is empty, ``(0,)``,
             and a step sees the one before it only through the states
         split_gates: whether the gradients of a gate's input and hidden side differ
+        options: whether a call may choose activations (``name`` then ends with ``_any``)
+        activation, gate_activation: those of the state and of the gates
+        clip: bound of the LSTM's ``c``, 0 for none
     """
 
     name: str
@@ -31,6 +46,10 @@ class CellSpec:
     diagonal: bool = False
     split_gates: bool = False
     dense: bool = True
+    options: bool = False
+    activation: str = "tanh"
+    gate_activation: str = "sigmoid"
+    clip: float = 0.0
 
     @property
     def has_hidden_side(self) -> bool:
@@ -52,6 +71,12 @@ CELLS: tuple[CellSpec, ...] = (
     CellSpec("qrnn_f", 10, gates=2, states=1, saved=2, dense=False),
     CellSpec("qrnn_fo", 11, gates=3, states=2, saved=3, dense=False),
     CellSpec("qrnn_ifo", 12, gates=4, states=2, saved=4, dense=False),
+    CellSpec("lstm_any", 13, gates=4, states=2, saved=4, options=True),
+    CellSpec("gru_any", 14, gates=3, states=1, saved=4, split_gates=True, options=True),
+    CellSpec("rnn_any", 15, gates=1, states=1, saved=1, options=True),
+    CellSpec(
+        "indrnn_any", 16, gates=1, states=1, saved=1, diagonal=True, dense=False, options=True
+    ),
 )
 
 _BY_NAME = {spec.name: spec for spec in CELLS}
@@ -73,9 +98,75 @@ def cell_spec(cell: str | int | CellSpec) -> CellSpec:
     if isinstance(cell, int):
         if 0 <= cell < len(CELLS):
             return CELLS[cell]
+        if 0 <= cell & 0xFF < len(CELLS) and CELLS[cell & 0xFF].options:
+            return _of_code(cell)
     elif cell in _BY_NAME:
         return _BY_NAME[cell]
     raise RuntimeError(
         f"rnnfast: cell must be one of {', '.join(_BY_NAME)} or an id below {len(CELLS)}, "
         f"got {cell!r}"
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _of_code(code: int) -> CellSpec:
+    spec = CELLS[code & 0xFF]
+    gate, state = code >> 8 & 0xFF, code >> 16 & 0xFF
+    if max(gate, state) > len(ACTIVATIONS) or code >> 24 & 0xFF:
+        raise RuntimeError(f"rnnfast: cell has options that there are not, got {code}")
+    return replace(
+        spec,
+        id=code,
+        activation=ACTIVATIONS[state - 1] if state else spec.activation,
+        gate_activation=ACTIVATIONS[gate - 1] if gate else spec.gate_activation,
+        clip=struct.unpack("<f", struct.pack("<I", code >> 32 & 0xFFFFFFFF))[0],
+    )
+
+
+def _number(who: str, name: str, activation: Any) -> int:
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"rnnfast: {name} of {who} must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
+    return ACTIVATIONS.index(activation) + 1
+
+
+def chosen_cell(
+    who: str,
+    kind: str,
+    activation: Any,
+    gate_activation: Any = "sigmoid",
+    cell_clip: Any = None,
+) -> CellSpec:
+    """The cell of a layer with these activations: one with fixed ones, where there is one.
+
+    Args:
+        who: the layer's name, for errors
+        kind: ``lstm``, ``gru``, ``rnn`` or ``indrnn``
+        activation, gate_activation: names of :data:`ACTIVATIONS`
+        cell_clip: bound of the LSTM's ``c``, or ``None``
+
+    Raises:
+        ValueError: an activation that there is not, a bound that is no number above 0
+
+    Example::
+
+        >>> chosen_cell("LSTM", "lstm", "relu").activation
+        'relu'
+    """
+    code = _number(who, "gate_activation", gate_activation) << 8
+    code |= _number(who, "activation", activation) << 16
+    if cell_clip is not None:
+        is_number = isinstance(cell_clip, (int, float)) and not isinstance(cell_clip, bool)
+        # rounded to float32, in which the engines have it
+        if not is_number or not 1e-30 <= cell_clip < 3e38:
+            raise ValueError(
+                f"rnnfast: cell_clip of {who} must be a number above 0 or None, got {cell_clip!r}"
+            )
+        code |= struct.unpack("<I", struct.pack("<f", cell_clip))[0] << 32
+    fixed = f"{kind}_{activation}" if kind.endswith("rnn") else kind
+    if fixed in _BY_NAME and kind.endswith("rnn"):
+        return _BY_NAME[fixed]
+    if (activation, gate_activation, cell_clip) == ("tanh", "sigmoid", None):
+        return _BY_NAME[fixed]
+    return _of_code(_BY_NAME[f"{kind}_any"].id | code)

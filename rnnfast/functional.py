@@ -20,13 +20,14 @@ from ._cell_functions import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 from ._checks import check_dense
 from ._signatures import Input as Form
 from ._signatures import States
-from .cells import CellSpec, cell_spec
+from .cells import CellSpec, cell_spec, chosen_cell
 from .scan import linear_scan
 from .scan_functional import min_gru, min_lstm, qrnn
 
 __all__ = [
     "gru",
     "gru_cell",
+    "indrnn",
     "indrnn_relu",
     "indrnn_tanh",
     "linear_scan",
@@ -35,6 +36,7 @@ __all__ = [
     "min_gru",
     "min_lstm",
     "qrnn",
+    "rnn",
     "rnn_relu",
     "rnn_relu_cell",
     "rnn_tanh",
@@ -43,8 +45,6 @@ __all__ = [
 
 Input = Tensor | PackedSequence
 
-_LSTM = cell_spec("lstm")
-_GRU = cell_spec("gru")
 _RNN_TANH = cell_spec("rnn_tanh")
 _RNN_RELU = cell_spec("rnn_relu")
 _INDRNN_TANH = cell_spec("indrnn_tanh")
@@ -70,7 +70,7 @@ _LAYER_DOC = r"""{what}
         mask: true at the valid steps of padded input, as :class:`rnnfast.LSTM` takes it
         weight_dropout, input_dropout: probability of an entry of w_hh (one mask a call), and of a
             feature of a layer's input (one mask a sequence), being zeroed in training
-        return_last: the output is that of the last step only{residual}
+        return_last: the output is that of the last step only{residual}{activation}
 
     Shape:
         - input: :math:`(T, B, I)`, :math:`(B, T, I)` if ``batch_first``, :math:`(T, I)`, or packed
@@ -133,11 +133,12 @@ def _layer(
     if not isinstance(weights, Iterable):
         raise TypeError(f"rnnfast: weights must be a list of tensors, got {type(weights).__name__}")
     weights = list(weights)
-    proj = spec is _LSTM and len(weights) == count * (each + 1)
+    has_proj = spec.name.startswith("lstm")
+    proj = has_proj and len(weights) == count * (each + 1)
     if len(weights) != count * (each + proj):
         raise RuntimeError(
             f"rnnfast: weights must hold {each} tensors for each of {count} layers and directions "
-            f"= {count * each}{' (one more each with w_hr)' if spec is _LSTM else ''}, "
+            f"= {count * each}{' (one more each with w_hr)' if has_proj else ''}, "
             f"got {len(weights)}"
         )
     for k, w in enumerate(weights):
@@ -191,11 +192,15 @@ def lstm(
     weight_dropout: float = 0.0,
     input_dropout: float = 0.0,
     return_last: bool = False,
+    activation: str = "tanh",
+    gate_activation: str = "sigmoid",
+    cell_clip: float | None = None,
 ) -> tuple[Form, States]:
     if isinstance(hx, (tuple, list)) and len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
+    spec = chosen_cell("lstm", "lstm", activation, gate_activation, cell_clip)
     return _layer(
-        "LSTM", _LSTM, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
+        "LSTM", spec, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
         training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
         return_last,
     )  # fmt: skip
@@ -219,9 +224,12 @@ def gru(
     weight_dropout: float = 0.0,
     input_dropout: float = 0.0,
     return_last: bool = False,
+    activation: str = "tanh",
+    gate_activation: str = "sigmoid",
 ) -> tuple[Form, Tensor]:
+    spec = chosen_cell("gru", "gru", activation, gate_activation)
     return _layer(
-        "GRU", _GRU, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
+        "GRU", spec, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
         training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
         return_last,
     )  # fmt: skip
@@ -333,6 +341,61 @@ def indrnn_relu(
     )  # fmt: skip
 
 
+def rnn(
+    input: Form,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    activation: str = "tanh",
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    reset: Input | None = None,
+    lengths: Tensor | None = None,
+    recompute: bool = False,
+    mask: Tensor | None = None,
+    weight_dropout: float = 0.0,
+    input_dropout: float = 0.0,
+    return_last: bool = False,
+) -> tuple[Form, Tensor]:
+    return _layer(
+        "RNN", chosen_cell("rnn", "rnn", activation), input, hx, reset, weights,
+        num_layers, bias, batch_first, dropout, training, bidirectional, lengths, recompute, mask,
+        weight_dropout, input_dropout, return_last,
+    )  # fmt: skip
+
+
+def indrnn(
+    input: Form,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    activation: str = "relu",
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    reset: Input | None = None,
+    lengths: Tensor | None = None,
+    recompute: bool = False,
+    mask: Tensor | None = None,
+    weight_dropout: float = 0.0,
+    input_dropout: float = 0.0,
+    return_last: bool = False,
+    residual: bool = False,
+) -> tuple[Form, Tensor]:
+    return _layer(
+        "IndRNN", chosen_cell("indrnn", "indrnn", activation), input, hx, reset, weights,
+        num_layers, bias, batch_first, dropout, training, bidirectional, lengths, recompute, mask,
+        weight_dropout, input_dropout, return_last, residual,
+    )  # fmt: skip
+
+
 _RNN_EQUATION = ":math:`h_t = {act}(W_{{ih}} x_t + b_{{ih}} + W_{{hh}} h_{{t-1}} + b_{{hh}})`"
 _INDRNN_EQUATION = ":math:`h_t = {act}(W_{{ih}} x_t + b_{{ih}} + u \\odot h_{{t-1}} + b_{{hh}})`"
 _RECOMPUTE = (
@@ -340,6 +403,14 @@ _RECOMPUTE = (
     "            anew there"
 )
 _RESIDUAL = "\n        residual: as :class:`rnnfast.IndRNN` has it"
+_ONE_ACTIVATION = "\n        activation: one of :data:`rnnfast.ACTIVATIONS`"
+_TWO_ACTIVATIONS = "\n        activation, gate_activation: two of :data:`rnnfast.ACTIVATIONS`"
+_ACTIVATION = {
+    "lstm": _TWO_ACTIVATIONS + "\n        cell_clip: bound of c, or ``None``",
+    "gru": _TWO_ACTIVATIONS,
+    "rnn": _ONE_ACTIVATION,
+    "indrnn": _ONE_ACTIVATION,
+}
 _NOTHING_KEPT = "taken, and changes nothing: nothing is kept beyond input and output"
 _DOCS: tuple[tuple[Any, str, str, str], ...] = (
     (
@@ -378,6 +449,19 @@ _DOCS: tuple[tuple[Any, str, str, str], ...] = (
         "IndRNN (Li et al. 2018, arXiv:1803.04831) with relu; ``w_hh`` is :math:`u`, (H).",
         _INDRNN_EQUATION.format(act=r"\text{relu}"),
     ),
+    (
+        rnn,
+        "RNN(10, 20)",
+        "Elman RNN (Elman 1990) with any activation.",
+        _RNN_EQUATION.format(act=r"\text{act}"),
+    ),
+    (
+        indrnn,
+        "IndRNN(10, 20)",
+        "IndRNN (Li et al. 2018, arXiv:1803.04831) with any activation; ``w_hh`` is :math:`u`, "
+        "(H).",
+        _INDRNN_EQUATION.format(act=r"\text{act}"),
+    ),
 )
 for _function, _module, _what, _equation in _DOCS:
     _two = _function is lstm
@@ -391,6 +475,7 @@ for _function, _module, _what, _equation in _DOCS:
         projection="; with a projection h_0 has proj_size features" if _two else "",
         out="(h_n, c_n)" if _two else "h_n",
         out_names="(h_n, c_n)" if _two else "h_n",
+        activation=_ACTIVATION.get(_function.__name__, ""),
         residual=_RESIDUAL if "indrnn" in _function.__name__ else "",
-        recompute=_RECOMPUTE if cell_spec(_function.__name__).saved else _NOTHING_KEPT,
+        recompute=_NOTHING_KEPT if "rnn_" in _function.__name__ else _RECOMPUTE,
     )

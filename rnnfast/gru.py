@@ -44,6 +44,9 @@ class GRU(OneStateCalls):
             mask a sequence (Gal & Ghahramani 2016, arXiv:1512.05287); an attribute, too
         return_last: the output is that of the last step only, :math:`(B, D \cdot H)`; an
             attribute, too
+        activation, gate_activation: of the candidate :math:`n` (tanh above), and of the gates
+            (sigmoid): one of :data:`rnnfast.ACTIVATIONS`, with torch's definitions and
+            default parameters; attributes to be read, too
 
     Inputs: input, h_0, reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -100,9 +103,12 @@ class GRU(OneStateCalls):
         weight_dropout: float = 0.0,
         input_dropout: float = 0.0,
         return_last: bool = False,
+        activation: str = "tanh",
+        gate_activation: str = "sigmoid",
         **kwargs: Any,
     ) -> None:
         no_proj_size(kwargs, "GRU")
+        self._choose("gru", activation, gate_activation)
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, 0, device, dtype,

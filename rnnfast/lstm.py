@@ -66,6 +66,11 @@ class LSTM(LSTMCalls):
         forget_bias: what the forget gate's bias starts from (its part of b_ih; that of b_hh is
             zero then): 1.0, say, keeps what is remembered at first (Jozefowicz et al. 2015).
             ``None``: drawn like the rest, as torch.nn does
+        activation, gate_activation: of the candidate and the cell state (tanh above), and of the
+            gates (sigmoid): one of :data:`rnnfast.ACTIVATIONS`, with torch's definitions and
+            default parameters; attributes to be read, too
+        cell_clip: bound of :math:`c_t`, which is clamped to [-cell_clip, cell_clip] before it goes
+            into :math:`h_t` and on (Sak et al. 2014); ``None`` for none
 
     Inputs: input, (h_0, c_0), reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -111,6 +116,11 @@ class LSTM(LSTMCalls):
 
     forget_bias: float | None = None
 
+    @property
+    def cell_clip(self) -> float | None:
+        """The bound of c, or None."""
+        return (self._cell.clip or None) if self._cell else None
+
     def __init__(
         self,
         input_size: int,
@@ -129,8 +139,12 @@ class LSTM(LSTMCalls):
         input_dropout: float = 0.0,
         return_last: bool = False,
         forget_bias: float | None = None,
+        activation: str = "tanh",
+        gate_activation: str = "sigmoid",
+        cell_clip: float | None = None,
     ) -> None:
         _check_forget_bias(forget_bias, bias)
+        self._choose("lstm", activation, gate_activation, cell_clip)
         if forget_bias is not None:  # else the class says it; torch.nn draws the weights at once
             self.forget_bias = forget_bias
         super().__init__(

@@ -18,7 +18,7 @@ from . import reference
 from ._checks import check_layer, has_values
 from ._library import load
 from ._modes import has_tangent, is_beyond_kernels, transforms_active
-from .cells import CELLS, cell_spec
+from .cells import cell_spec
 
 __all__ = [
     "backward",
@@ -49,7 +49,7 @@ _Grads = tuple[Tensor | None, ...]
 
 
 def _hidden(w_ih: Tensor, cell: int) -> int:
-    return w_ih.shape[0] // CELLS[cell].gates
+    return w_ih.shape[0] // cell_spec(cell).gates
 
 
 def _check_devices(x: Tensor, batch_sizes: Tensor | None, **others: Tensor | None) -> None:
@@ -147,7 +147,7 @@ def backward_fake(
     shapes: tuple[Any, ...] = (
         x.shape,
         (batch, hidden if w_hr is None else w_hr.shape[0]),
-        (CELLS[cell].states - 1, batch, hidden),
+        (cell_spec(cell).states - 1, batch, hidden),
         w_ih.shape,
         w_hh.shape,
         (gates,),
@@ -163,7 +163,7 @@ def backward_fake(
 @torch.library.register_fake("rnnfast::gate_gradients")
 def _(*args: Any) -> tuple[Tensor, ...]:
     x, h0, w_ih, w_hr, batch_sizes = args[3], args[4], args[6], args[10], args[11]
-    spec, hidden = CELLS[args[15]], _hidden(args[6], args[15])
+    spec, hidden = cell_spec(args[15]), _hidden(args[6], args[15])
     batch = x.shape[1] if batch_sizes is None else _batch(batch_sizes, h0)
     rows = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
     out = hidden if w_hr is None else w_hr.shape[0]
@@ -209,7 +209,7 @@ def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     y, _, c_n, saved = output
     ctx.cell, ctx.reverse, ctx.save = inputs[11:14]
-    if CELLS[ctx.cell].states == 1:
+    if cell_spec(ctx.cell).states == 1:
         ctx.mark_non_differentiable(saved, c_n)
     else:
         ctx.mark_non_differentiable(saved)
@@ -360,8 +360,8 @@ def _backward_backward(ctx: Any, *ddout: Tensor | None) -> _Grads:
         if args[4] is None:
             out = hidden if args[10] is None else args[10].shape[0]
             args[4] = args[3].new_zeros((batch, out))
-        if args[5] is None and CELLS[ctx.cell].states > 1:
-            args[5] = args[3].new_zeros((CELLS[ctx.cell].states - 1, batch, hidden))
+        if args[5] is None and cell_spec(ctx.cell).states > 1:
+            args[5] = args[3].new_zeros((cell_spec(ctx.cell).states - 1, batch, hidden))
 
     if transforms_active():
         return (*_second_vjp(ctx, args, rows, asked, (*dout_needed, *needed), ddout), *none[11:])

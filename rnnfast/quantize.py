@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _functorch, _regularize, _run, _step, engine, ops
 from ._checks import DTYPES
-from ._layer import spec_of
+from ._layer import spec_of, text_of_cell
 from ._modes import is_transformed, transforms_active
 from ._step_plan import StepPlan
 from .modules import GRU, LAYERS, LSTM, RNN, IndRNN
@@ -46,6 +46,11 @@ class Quantized(nn.Module):
         super().__init__()
         source: Any = layer
         self._spec = spec_of(layer)
+        if self._spec.options:
+            raise RuntimeError(
+                "rnnfast: quantize has no kernels for chosen activations or a cell_clip, got "
+                f"{type(layer).__name__}({text_of_cell(layer).removeprefix(', ')}); exclude it"
+            )
         self.mode: str = source.mode
         self.input_size: int = source.input_size
         self.hidden_size: int = source.hidden_size

@@ -7,8 +7,11 @@ transforms, forward-mode AD, derivatives above the first, other dtypes and devic
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .cells import CellSpec, cell_spec
 
@@ -30,23 +33,43 @@ def cell_step(
         - gx, gh: :math:`(N, G \cdot H)`
         - Output: the new state, shapes as ``state``
     """
-    if spec.name == "lstm":
+    act, gate = _activation(spec.activation), _activation(spec.gate_activation)
+    if spec.name in ("lstm", "lstm_any"):
         # Hochreiter & Schmidhuber 1997; forget gate of Gers et al. 2000
         i, f, g, o = (gx + gh).chunk(4, -1)
-        c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-        return torch.sigmoid(o) * torch.tanh(c), c
-    if spec.name == "gru":
+        c = gate(f) * state[1] + gate(i) * act(g)
+        if spec.clip:
+            c = c.clamp(-spec.clip, spec.clip)
+        return gate(o) * act(c), c
+    if spec.name in ("gru", "gru_any"):
         # Cho et al. 2014, with the reset after the product, as cuDNN and torch.nn have it
         x_r, x_z, x_n = gx.chunk(3, -1)
         h_r, h_z, h_n = gh.chunk(3, -1)
-        r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
-        n = torch.tanh(x_n + r * h_n)
+        r, z = gate(x_r + h_r), gate(x_z + h_z)
+        n = act(x_n + r * h_n)
         return ((1 - z) * n + z * state[0],)
     if spec.name.startswith(("min_", "qrnn_")):
         return _scan_cell_step(spec, gx + gh, state)
     # Elman 1990; IndRNN (Li et al. 2018, arXiv:1803.04831) differs in gh only
-    act = torch.relu if spec.name.endswith("relu") else torch.tanh
+    if spec.name.endswith("relu"):
+        act = torch.relu
     return (act(gx + gh),)
+
+
+# torch's names where they differ; its hardsigmoid has a sixth of float32 precision in float64
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "hard_sigmoid": lambda x: functional.relu6(x + 3) / 6,
+    "hard_tanh": functional.hardtanh,
+    "linear": lambda x: x,
+}
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    found = _FUNCTIONS.get(name)
+    return getattr(functional, name) if found is None else found
 
 
 def _scan_cell_step(spec: CellSpec, gates: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

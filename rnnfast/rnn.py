@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["RNN", "IndRNN"]
 
 
-def _check_nonlinearity(nonlinearity: str) -> None:
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-
-
 def _root(what: str, name: str, value: Any, seq_len: Any) -> float:
     """What grows to the value over a sequence."""
     if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 1:
@@ -51,7 +46,8 @@ class RNN(OneStateCalls):
         dropout: probability of an element being zeroed between layers in training
         bidirectional: two directions (:math:`D = 2`), outputs concatenated
         device, dtype: of the parameters
-        recompute: taken, and changes nothing: this layer keeps nothing beyond input and output
+        recompute: taken, and changes nothing but for a chosen ``activation``: else this layer keeps
+            nothing beyond input and output
         weight_dropout: probability of an entry of `W_hh` being zeroed in training, one mask a call
             for each layer and direction (DropConnect; Merity et al. 2018, arXiv:1708.02182); an
             attribute, too
@@ -59,6 +55,8 @@ class RNN(OneStateCalls):
             mask a sequence (Gal & Ghahramani 2016, arXiv:1512.05287); an attribute, too
         return_last: the output is that of the last step only, :math:`(B, D \cdot H)`; an
             attribute, too
+        activation: in place of ``nonlinearity``: one of :data:`rnnfast.ACTIVATIONS`, with torch's
+            definitions and default parameters; an attribute to be read, too
 
     Inputs: input, h_0, reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -116,10 +114,11 @@ class RNN(OneStateCalls):
         weight_dropout: float = 0.0,
         input_dropout: float = 0.0,
         return_last: bool = False,
+        activation: str | None = None,
         **kwargs: Any,
     ) -> None:
         no_proj_size(kwargs, "RNN")
-        _check_nonlinearity(nonlinearity)
+        nonlinearity = self._nonlinearity("rnn", nonlinearity, activation)
         self.nonlinearity = nonlinearity
         super().__init__(
             "RNN_" + nonlinearity.upper(), input_size, hidden_size, num_layers, bias,
@@ -147,7 +146,8 @@ class IndRNN(OneStateCalls):
         dropout: probability of an element being zeroed between layers in training
         bidirectional: two directions (:math:`D = 2`), outputs concatenated
         device, dtype: of the parameters
-        recompute: taken, and changes nothing: this layer keeps nothing beyond input and output
+        recompute: taken, and changes nothing but for a chosen ``activation``: else this layer keeps
+            nothing beyond input and output
         weight_dropout: probability of an entry of `u` being zeroed in training, one mask a call
             for each layer and direction (DropConnect; Merity et al. 2018, arXiv:1708.02182); an
             attribute, too
@@ -157,6 +157,8 @@ class IndRNN(OneStateCalls):
             its output; states stay those of :math:`f`. An attribute, too
         return_last: the output is that of the last step only, :math:`(B, D \cdot H)`; an
             attribute, too
+        activation: in place of ``nonlinearity``: one of :data:`rnnfast.ACTIVATIONS`, with torch's
+            definitions and default parameters; an attribute to be read, too
 
     Inputs: input, h_0, reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -214,8 +216,9 @@ class IndRNN(OneStateCalls):
         input_dropout: float = 0.0,
         return_last: bool = False,
         residual: bool = False,
+        activation: str | None = None,
     ) -> None:
-        _check_nonlinearity(nonlinearity)
+        nonlinearity = self._nonlinearity("indrnn", nonlinearity, activation)
         self.nonlinearity = nonlinearity
         # torch.nn checks the arguments and names the weights of a dense layer of no memory ...
         super().__init__(

@@ -151,8 +151,12 @@ def hidden_signature(library: Any, device: torch.device) -> None:
 def test_signatures(library: Any, device: torch.device) -> None:
     options = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout"]
     options += ["bidirectional", "device", "dtype", "recompute"]
-    options += ["weight_dropout", "input_dropout", "return_last"]
-    own = {"LSTM": ["proj_size", "forget_bias"], "GRU": [], "RNN": ["nonlinearity"]}
+    options += ["weight_dropout", "input_dropout", "return_last", "activation"]
+    own = {
+        "LSTM": ["proj_size", "forget_bias", "gate_activation", "cell_clip"],
+        "GRU": ["gate_activation"],
+        "RNN": ["nonlinearity"],
+    }
     for kind in works.kinds(library):
         layer = getattr(library, kind)
         named = inspect.signature(layer).parameters

@@ -37,6 +37,10 @@ regular = rnnfast.LSTM(10, 20, weight_dropout=0.5, input_dropout=0.4, forget_bia
 regular.weight_dropout, regular.return_last = 0.3, True
 deep = rnnfast.IndRNN(10, 20, 4, residual=True, return_last=True)
 assert_type(deep.constrain_(784).init_memory_(784, epsilon=0.5), rnnfast.IndRNN)
+chosen = rnnfast.LSTM(10, 20, activation="relu", gate_activation="hard_sigmoid", cell_clip=3.0)
+assert_type((chosen.activation, chosen.cell_clip), tuple[str, float | None])
+names: tuple[str, ...] = rnnfast.ACTIVATIONS
+assert_type(rnnfast.RNN(10, 20, activation=names[3])(x), tuple[Tensor, Tensor])
 assert_type(rnnfast.MinGRU(10, 20, nonlinearity="identity")(packed), tuple[PackedSequence, Tensor])
 assert_type(rnnfast.MinLSTM(10, 20, 2).step(x[0]), tuple[Tensor, Tensor])
 qrnn = rnnfast.QRNN(10, 20, kernel_size=3, pooling="ifo")(x, lengths=lengths)
@@ -66,6 +70,8 @@ weights = lstm.all_weights[0]
 assert_type(rnnfast.functional.lstm(x, (x, x), weights, bidirectional=True), tuple[Tensor, States])
 assert_type(rnnfast.functional.gru(packed, None, weights), tuple[PackedSequence, Tensor])
 assert_type(rnnfast.functional.rnn_tanh(x, None, weights), tuple[Tensor, Tensor])
+assert_type(rnnfast.functional.rnn(x, None, weights, activation="elu"), tuple[Tensor, Tensor])
+assert_type(rnnfast.functional.indrnn(packed, None, weights), tuple[PackedSequence, Tensor])
 assert_type(rnnfast.functional.gru(x, None, weights, recompute=True), tuple[Tensor, Tensor])
 assert_type(
     rnnfast.functional.gru(x, None, weights, mask=x[..., 0] > 0, training=True, weight_dropout=0.5),

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -83,10 +84,22 @@ const char* dtype_text(ScalarType dtype) {
 }
 
 const CellInfo& checked_cell(int64_t cell) {
-  if (cell < 0 || cell >= kNumCells)
-    fail("cell must be an id in [0, " + std::to_string(kNumCells) + "), got " +
+  const int id = id_of_code(cell);
+  if (id >= kNumCells || (cell & kUnusedBits))
+    fail("cell must be an id in [0, " + std::to_string(kNumCells) + ") and its options, got " +
          std::to_string(cell));
-  return cell_info(static_cast<int>(cell));
+  const CellInfo& info = cell_info(id);
+  if (!has_options(cell)) return info;
+  if (!info.options) fail(std::string("cell ") + info.name + " takes no options, got some");
+  const CellOptions options = options_of_code(cell);
+  for (const Activation activation : {options.gate, options.state})
+    if (static_cast<int>(activation) > kNumActivations)
+      fail("an activation must be a number in [0, " + std::to_string(kNumActivations) +
+           "], got " + std::to_string(static_cast<int>(activation)));
+  if (!(options.clip >= 0 && options.clip <= std::numeric_limits<float>::max()))
+    fail("the bound of c must be positive and finite, or 0 for none, got " +
+         std::to_string(options.clip));
+  return info;
 }
 
 ScalarType checked_dtype(const char* name, const Tensor& tensor) {
@@ -174,6 +187,7 @@ CheckedLayer::CheckedLayer(const LayerTensors& t)
       x_(t.x),
       w_ih_(t.w_ih),
       w_hh_(t.w_hh),
+      options_(options_of_code(t.cell)),
       reverse_(t.reverse) {
   packed_rows = t.batch_sizes.has_value();
   const int64_t rank = packed_rows ? 2 : 3;
@@ -353,6 +367,7 @@ void CheckedLayer::fill(LayerArgs<scalar_t>& args) const {
   args.hidden_size = hidden_size;
   args.output_size = output_size;
   args.rows = rows;
+  args.options = options_;
   args.batch_sizes = packed_rows ? batch_sizes_.data() : nullptr;
   args.offsets = packed_rows ? offsets_.data() : nullptr;
   args.reverse = reverse_;

@@ -94,6 +94,7 @@ class CheckedLayer {
   Tensor x_, w_ih_, w_hh_;
   OptionalTensor h0_, c0_, b_ih_, b_hh_, w_hr_, reset_;
   std::vector<int64_t> batch_sizes_, offsets_;
+  CellOptions options_;
   bool reverse_, even_rows_ = false;
 };
 

@@ -85,7 +85,8 @@ Array<uint16_t> narrow_bits(const std::string& isa, bool brain, const Array<floa
 // One unit of a cell in double precision: what the engines run, without an engine.
 template <class Cell>
 py::dict run_cell(const std::vector<double>& gx_in, const std::vector<double>& gh_in,
-                  const std::vector<double>& state_in, const std::vector<double>& dstate_in) {
+                  const std::vector<double>& state_in, const std::vector<double>& dstate_in,
+                  int64_t code) {
   double gx[Cell::kGates], gh[Cell::kGates], prev[Cell::kStates], next[Cell::kStates],
       dstate[Cell::kStates];
   double saved[RNNFAST_TARGET::at_least_one<Cell::kSaved>] = {}, dgx[Cell::kGates],
@@ -96,8 +97,9 @@ py::dict run_cell(const std::vector<double>& gx_in, const std::vector<double>& g
         "rnnfast: gx, gh need one number a gate, state and dstate one a state");
   for (int g = 0; g < Cell::kGates; ++g) gx[g] = gx_in[g], gh[g] = gh_in[g];
   for (int k = 0; k < Cell::kStates; ++k) prev[k] = next[k] = state_in[k], dstate[k] = dstate_in[k];
-  Cell::forward(gx, gh, next, saved);
-  Cell::backward(saved, prev, next, dstate, dgx, dgh);
+  const Cell cell = RNNFAST_TARGET::make_cell<Cell>(options_of_code(code));
+  cell.forward(gx, gh, next, saved);
+  cell.backward(saved, prev, next, dstate, dgx, dgh);
   py::dict result;
   result["state"] = std::vector<double>(next, next + Cell::kStates);
   result["dstate"] = std::vector<double>(dstate, dstate + Cell::kStates);
@@ -107,9 +109,9 @@ py::dict run_cell(const std::vector<double>& gx_in, const std::vector<double>& g
 }
 
 py::dict cell(const std::string& name, const std::vector<double>& gx, const std::vector<double>& gh,
-              const std::vector<double>& state, const std::vector<double>& dstate) {
+              const std::vector<double>& state, const std::vector<double>& dstate, int64_t code) {
 #define RNNFAST_RUN_CELL(id, cell_name, Type) \
-  if (name == #cell_name) return run_cell<RNNFAST_TARGET::Type>(gx, gh, state, dstate);
+  if (name == #cell_name) return run_cell<RNNFAST_TARGET::Type>(gx, gh, state, dstate, code);
   RNNFAST_CELLS(RNNFAST_RUN_CELL)
   throw std::invalid_argument("rnnfast: no cell is called " + name);
 }
@@ -201,7 +203,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("widen", &widen_bits, py::arg("isa"), py::arg("brain"), py::arg("bits"));
   m.def("narrow", &narrow_bits, py::arg("isa"), py::arg("brain"), py::arg("values"));
   m.def("cell", &cell, py::arg("name"), py::arg("gx"), py::arg("gh"), py::arg("state"),
-        py::arg("dstate"));
+        py::arg("dstate"), py::arg("code") = 0);
   m.def("cells", &cells, "The list of cells with their numbers.");
   m.def("choose", &choose, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("rows"), py::arg("itemsize"), py::arg("max_threads"),

@@ -28,7 +28,7 @@ ForwardArgs<scalar_t> cpu_args(const ForwardCall& call, const OptionalTensor& pa
   auto args = call.args<scalar_t>();
   format = WeightFormat::kPlain;
   if (packed &&
-      !take_packed(isa, static_cast<int>(cell), static_cast<const char*>(packed->const_data_ptr()),
+      !take_packed(isa, id_of_code(cell), static_cast<const char*>(packed->const_data_ptr()),
                    packed->numel(), args, format))
     fail(std::string("packed was made for another ISA, dtype, cell or size of weights than ") +
          call.layer.cell.name + " on " + isa_name(isa) + "; call pack again");
@@ -38,7 +38,7 @@ ForwardArgs<scalar_t> cpu_args(const ForwardCall& call, const OptionalTensor& pa
 // Of float32 and float64.
 inline void run_on_cpu(const BackwardCall& call, int64_t cell) {
   const auto run = [&](auto scalar) {
-    run_backward(active_isa(), static_cast<int>(cell), call.args<decltype(scalar)>(),
+    run_backward(active_isa(), id_of_code(cell), call.args<decltype(scalar)>(),
                  torch_threads());
   };
   if (call.layer.empty())

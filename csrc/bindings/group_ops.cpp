@@ -29,7 +29,7 @@ std::vector<Tensor> run_group(const Tensor& x, const Tensors& passes,
       std::vector<ForwardArgs<decltype(scalar)>> args;
       for (int i = 0; i < count; ++i)
         args.push_back(cpu_args<decltype(scalar)>(calls[i], packed(i), isa, cell, formats[i]));
-      run_forward_group(isa, static_cast<int>(cell), args.data(), formats.data(), count, chained,
+      run_forward_group(isa, id_of_code(cell), args.data(), formats.data(), count, chained,
                         threads);
     });
   }
@@ -70,7 +70,7 @@ std::vector<Tensor> backward_group(Tensor x, Tensors passes, OptionalTensor batc
     const auto run = [&](auto scalar) {
       std::vector<BackwardArgs<decltype(scalar)>> args;
       for (const BackwardCall& call : calls) args.push_back(call.args<decltype(scalar)>());
-      run_backward_group(active_isa(), static_cast<int>(cell), args.data(), count, chained,
+      run_backward_group(active_isa(), id_of_code(cell), args.data(), count, chained,
                          threads);
     };
     if (calls[0].layer.empty())

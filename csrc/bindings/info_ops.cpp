@@ -66,7 +66,7 @@ Shape checked_shape(int64_t cell, int64_t T, int64_t B, int64_t I, int64_t H, in
   if (B < 0 || B > kMost) fail("size B must be in [0, 2^24], got " + std::to_string(B));
   if (itemsize != 2 && itemsize != 4 && itemsize != 8)
     fail("itemsize must be 2, 4 or 8, got " + std::to_string(itemsize));
-  return {static_cast<int>(cell), T, B, I, H, P, T * B, static_cast<int>(itemsize), packed};
+  return {id_of_code(cell), T, B, I, H, P, T * B, static_cast<int>(itemsize), packed};
 }
 
 int64_t choose(int64_t field, int64_t cell, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P,

@@ -13,7 +13,7 @@ ForwardResult run(const ForwardCall& call, const OptionalTensor& packed, int64_t
   with_type(call.layer.dtype, [&](auto scalar) {
     WeightFormat format;
     auto args = cpu_args<decltype(scalar)>(call, packed, isa, cell, format);
-    run_forward(isa, static_cast<int>(cell), args, format, torch_threads());
+    run_forward(isa, id_of_code(cell), args, format, torch_threads());
   });
   return call.result;
 }

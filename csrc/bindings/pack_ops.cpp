@@ -12,9 +12,9 @@ Tensor pack_op(int64_t cell, const CheckedLayer& layer) {
   layer.fill(args);
   const Isa isa = active_isa();
   Tensor packed =
-      empty({packed_bytes(isa, static_cast<int>(cell), args)}, ScalarType::Byte, layer.place);
+      empty({packed_bytes(isa, id_of_code(cell), args)}, ScalarType::Byte, layer.place);
   fill_zero(packed);  // the gaps between its parts, too
-  pack_weights(isa, static_cast<int>(cell), args, out<char>(packed));
+  pack_weights(isa, id_of_code(cell), args, out<char>(packed));
   return packed;
 }
 
@@ -51,7 +51,9 @@ void check_bytes(const char* name, const char* scale_name, const Tensor& w, cons
 // As pack, from bytes and their scales; a w_hh that is no matrix is float32 and has none.
 Tensor pack_int8(Tensor w_ih, Tensor scale_ih, Tensor w_hh, OptionalTensor scale_hh,
                  OptionalTensor w_hr, OptionalTensor scale_hr, int64_t cell) {
-  const bool keeps_hh = !checked_cell(cell).dense;
+  const CellInfo& info = checked_cell(cell);
+  if (!info.dot_kernels) fail(std::string("cell ") + info.name + " has no products of int8");
+  const bool keeps_hh = !info.dense;
   check_bytes("w_ih", "scale_ih", w_ih, scale_ih);
   if (!keeps_hh) {
     if (!scale_hh) fail("scale_hh must be given, it is None");
@@ -87,9 +89,9 @@ Tensor pack_int8(Tensor w_ih, Tensor scale_ih, Tensor w_hh, OptionalTensor scale
                             scales(s_hr)};
   const Isa isa = active_isa();
   Tensor packed =
-      empty({packed_bytes_int8(isa, static_cast<int>(cell), args)}, ScalarType::Byte, layer.place);
+      empty({packed_bytes_int8(isa, id_of_code(cell), args)}, ScalarType::Byte, layer.place);
   fill_zero(packed);
-  pack_weights_int8(isa, static_cast<int>(cell), args, weights, out<char>(packed));
+  pack_weights_int8(isa, id_of_code(cell), args, weights, out<char>(packed));
   return packed;
 }
 

@@ -20,6 +20,7 @@ struct StepLayer {
 struct StepPlan {
   Isa isa;
   int cell;
+  CellOptions options;
   ScalarType dtype;
   std::vector<StepLayer> layers;
 };
@@ -43,6 +44,7 @@ template <class scalar_t>
 bool arguments(const StepPlan& plan, const StepLayer& layer, ForwardArgs<scalar_t>& args,
                WeightFormat& format) {
   static_cast<LayerArgs<scalar_t>&>(args) = sizes_of<scalar_t>(layer);
+  args.options = plan.options;
   return take_packed(plan.isa, plan.cell, layer.packed, layer.packed_bytes, args, format);
 }
 
@@ -87,14 +89,14 @@ void run_step(const StepPlan& plan, const StepTensors& t) {
 
 // Null: the packed weights are not those of this ISA, cell, type and sizes, or no memory is left.
 // dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16.
-RNNFAST_EXPORT void* rnnfast_make_step_plan(int isa, int cell, int dtype, int64_t count,
+RNNFAST_EXPORT void* rnnfast_make_step_plan(int isa, int64_t cell, int dtype, int64_t count,
                                             const rnnfast::StepLayer* layers) {
   using namespace rnnfast;
   constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16,
                                    ScalarType::Half};
   try {
     auto plan = std::make_unique<StepPlan>();
-    *plan = {static_cast<Isa>(isa), cell, kTypes[dtype], {layers, layers + count}};
+    *plan = {static_cast<Isa>(isa), id_of_code(cell), options_of_code(cell), kTypes[dtype], {layers, layers + count}};
     bool fits = true;
     with_type(plan->dtype, [&](auto scalar) {
       for (const StepLayer& layer : plan->layers) {

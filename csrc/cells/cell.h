@@ -16,9 +16,13 @@
 //       dstate: in dL/d(h_t, c_t ...), out dL/d(h_{t-1}, c_{t-1} ...) without the way through gh,
 //               which the engine adds
 // over a number type V (float, double or a SIMD vector of them): values in registers, no index,
-// pointer, thread or size.
+// pointer, thread or size. Members that are not static read what the cell was made with: the
+// options of the call, if it has a constructor of CellOptions (cells/activation.h has some).
 #pragma once
 
+#include <type_traits>
+
+#include "../core/cell_code.h"
 #include "../core/math.h"
 
 namespace rnnfast::RNNFAST_TARGET {
@@ -28,6 +32,17 @@ enum class Recurrence { kDense, kDiagonal, kNone };
 
 template <int n>
 constexpr int at_least_one = n > 0 ? n : 1;  // an array of length zero is not C++
+
+template <class Cell>
+constexpr bool kHasOptions = std::is_constructible_v<Cell, const CellOptions&>;
+
+template <class Cell>
+RNNFAST_HD Cell make_cell([[maybe_unused]] const CellOptions& options) {
+  if constexpr (kHasOptions<Cell>)
+    return Cell(options);
+  else
+    return Cell{};
+}
 
 template <class Cell>
 constexpr bool is_cell() {

@@ -9,7 +9,8 @@ namespace {
 
 using IndRnnTanhCell = RnnCell<Tanh, Recurrence::kDiagonal>;
 using IndRnnReluCell = RnnCell<Relu, Recurrence::kDiagonal>;
-static_assert(is_cell<IndRnnTanhCell>() && is_cell<IndRnnReluCell>());
+using IndRnnAnyCell = RnnAnyCellOf<Recurrence::kDiagonal>;
+static_assert(is_cell<IndRnnTanhCell>() && is_cell<IndRnnReluCell>() && is_cell<IndRnnAnyCell>());
 
 }  // namespace
 }  // namespace rnnfast::RNNFAST_TARGET

@@ -1,6 +1,9 @@
-// THE list of cells: RNNFAST_CELLS(use) calls use(id, name, Type). The id is the `cell` argument of
-// the operators and must never change its meaning; rnnfast/cells.py names the same ids (held
-// together by tests/test_core.py).
+// THE list of cells: RNNFAST_CELLS(use) calls use(id, name, Type). The id is the low byte of the
+// `cell` argument of the operators (core/cell_code.h) and must never change its meaning;
+// rnnfast/cells.py names the same ids (held together by tests/test_core.py).
+//
+// All of them have kernels of every type. Those of all formats also have the CPU's products of
+// bfloat16 in pairs and of int8; the others convert bfloat16, and can't be quantized.
 #pragma once
 
 #include "gru.h"
@@ -11,7 +14,7 @@
 #include "rnn.h"
 
 // clang-format off
-#define RNNFAST_CELLS(use)                     \
+#define RNNFAST_CELLS_OF_ALL_FORMATS(use)      \
   use(0, lstm, LstmCell)                       \
   use(1, gru, GruCell)                         \
   use(2, rnn_tanh, RnnTanhCell)                \
@@ -25,4 +28,11 @@
   use(10, qrnn_f, QrnnFCell)                   \
   use(11, qrnn_fo, QrnnFoCell)                 \
   use(12, qrnn_ifo, QrnnIfoCell)
+
+#define RNNFAST_CELLS(use)                     \
+  RNNFAST_CELLS_OF_ALL_FORMATS(use)            \
+  use(13, lstm_any, LstmAnyCell)               \
+  use(14, gru_any, GruAnyCell)                 \
+  use(15, rnn_any, RnnAnyCell)                 \
+  use(16, indrnn_any, IndRnnAnyCell)
 // clang-format on

@@ -1,13 +1,17 @@
 // LSTM with forget gate (Hochreiter & Schmidhuber 1997; Gers et al. 2000), as torch.nn.LSTM.
 //   i, f, o = sigmoid(gx + gh);  g = tanh(gx + gh);  c' = f*c + i*g;  h' = o*tanh(c')
+// The other instance has the activations, and the bound of c, of the call.
 #pragma once
 
+#include "activation.h"
 #include "cell.h"
 
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
 
-struct LstmCell {
+template <class Activations>
+struct LstmCellOf : Activations {
+  using Activations::Activations;
   static constexpr int kGates = 4;  // i f g o
   static constexpr int kStates = 2;
   static constexpr int kSaved = 4;
@@ -16,37 +20,46 @@ struct LstmCell {
   static constexpr bool kReadsH = false;
 
   template <class V>
-  RNNFAST_HD static void forward(const V (&gx)[4], const V (&gh)[4], V (&state)[2], V (&saved)[4]) {
-    const V i = sigmoid(gx[0] + gh[0]);
-    const V f = sigmoid(gx[1] + gh[1]);
-    const V g = tanh(gx[2] + gh[2]);
-    const V o = sigmoid(gx[3] + gh[3]);
-    state[1] = f * state[1] + i * g;
-    state[0] = o * tanh(state[1]);
-    saved[0] = i;
-    saved[1] = f;
-    saved[2] = g;
-    saved[3] = o;
+  RNNFAST_HD void forward(const V (&gx)[4], const V (&gh)[4], V (&state)[2], V (&saved)[4]) const {
+    V gates[3] = {gx[0] + gh[0], gx[1] + gh[1], gx[3] + gh[3]}, kept_gates[3];
+    V g[1] = {gx[2] + gh[2]}, kept_g[1];
+    this->gate.forward(gates, kept_gates);
+    this->state.forward(g, kept_g);
+    state[1] = this->bounded(gates[1] * state[1] + gates[0] * g[0]);
+    V c[1] = {state[1]}, unused[1];
+    this->state.forward(c, unused);
+    state[0] = gates[2] * c[0];
+    saved[0] = kept_gates[0];
+    saved[1] = kept_gates[1];
+    saved[2] = kept_g[0];
+    saved[3] = kept_gates[2];
   }
 
   template <class V>
-  RNNFAST_HD static void backward(const V (&saved)[4], const V (&prev)[2], const V (&next)[2],
-                                  V (&dstate)[2], V (&dgx)[4], V (&dgh)[4]) {
-    const V one = splat<V>(1.0);
-    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
-    const V tanh_c = tanh(next[1]);
+  RNNFAST_HD void backward(const V (&saved)[4], const V (&prev)[2], const V (&next)[2],
+                           V (&dstate)[2], V (&dgx)[4], V (&dgh)[4]) const {
+    const V kept_gates[3] = {saved[0], saved[1], saved[3]}, kept_g[1] = {saved[2]};
+    const V at_c[1] = {next[1]};
+    V gates[3], gate_slopes[3], g[1], g_slope[1], c[1], c_slope[1];
+    this->gate.backward(kept_gates, gates, gate_slopes);
+    this->state.backward(kept_g, g, g_slope);
+    this->state.slope_at(at_c, c, c_slope);
+    const V i = gates[0], f = gates[1], o = gates[2];
     const V dh = dstate[0];
-    const V dc = dstate[1] + dh * o * (one - tanh_c * tanh_c);
-    dgx[0] = dc * g * i * (one - i);
-    dgx[1] = dc * prev[1] * f * (one - f);
-    dgx[2] = dc * i * (one - g * g);
-    dgx[3] = dh * tanh_c * o * (one - o);
+    const V dc = this->bounded_gradient(f * prev[1] + i * g[0], dstate[1] + dh * o * c_slope[0]);
+    dgx[0] = dc * g[0] * gate_slopes[0];
+    dgx[1] = dc * prev[1] * gate_slopes[1];
+    dgx[2] = dc * i * g_slope[0];
+    dgx[3] = dh * c[0] * gate_slopes[2];
     for (int k = 0; k < 4; ++k) dgh[k] = dgx[k];
     dstate[0] = V{};
     dstate[1] = dc * f;
   }
 };
-static_assert(is_cell<LstmCell>());
+
+using LstmCell = LstmCellOf<StandardActivations>;
+using LstmAnyCell = LstmCellOf<ChosenActivations>;
+static_assert(is_cell<LstmCell>() && is_cell<LstmAnyCell>());
 
 }  // namespace
 }  // namespace rnnfast::RNNFAST_TARGET

@@ -6,17 +6,22 @@ namespace rnnfast {
 namespace {
 
 template <class Cell>
-constexpr CellInfo info(const char* name) {
+constexpr CellInfo info(const char* name, bool dot_kernels) {
   return {name,
           Cell::kGates,
           Cell::kStates,
           Cell::kSaved,
           Cell::kRecurrence == RNNFAST_TARGET::Recurrence::kDense,
           Cell::kRecurrence == RNNFAST_TARGET::Recurrence::kDiagonal,
-          Cell::kSplitGates};
+          Cell::kSplitGates,
+          RNNFAST_TARGET::kHasOptions<Cell>,
+          dot_kernels};
 }
 
-#define RNNFAST_INFO(id, name, Type) info<RNNFAST_TARGET::Type>(#name),
+#define RNNFAST_COUNT(id, name, Type) +1
+constexpr int kWithDotKernels = RNNFAST_CELLS_OF_ALL_FORMATS(RNNFAST_COUNT);
+
+#define RNNFAST_INFO(id, name, Type) info<RNNFAST_TARGET::Type>(#name, (id) < kWithDotKernels),
 const CellInfo kCells[] = {RNNFAST_CELLS(RNNFAST_INFO)};
 
 }  // namespace

@@ -7,6 +7,8 @@ struct CellInfo {
   const char* name;
   int gates, states, saved;
   bool dense, diagonal, split_gates;  // w_hh is a matrix, a vector, or (neither) empty
+  bool options;                       // whether a call may choose activations, and a bound of c
+  bool dot_kernels;  // whether the CPU multiplies its bfloat16 and int8 by instructions for them
 };
 
 extern const int kNumCells;

@@ -118,6 +118,9 @@ std::string why_not_cell(const Shape& shape, Operand operand) {
   if (!cell.dense)
     return std::string("the on-chip engine needs a dense recurrence, got ") + cell.name +
            ", whose steps have no product";
+  if (cell.options)
+    return std::string("the on-chip engine has no chosen activations and no bound of c, got ") +
+           cell.name;
   if (shape.output_size != shape.hidden_size)
     return "the on-chip engine has no projection, got one from H = " +
            std::to_string(shape.hidden_size) + " to P = " + std::to_string(shape.output_size);

@@ -14,11 +14,13 @@
 
 #ifdef __CUDACC__
 #define RNNFAST_HD __host__ __device__ __forceinline__
+#define RNNFAST_OUTLINE __host__ __device__ inline
 #define RNNFAST_UNROLL _Pragma("unroll")
 #define RNNFAST_UNROLL_8 _Pragma("unroll 8")
 #define RNNFAST_NO_UNROLL _Pragma("unroll 1")
 #else
 #define RNNFAST_HD inline __attribute__((always_inline))
+#define RNNFAST_OUTLINE __attribute__((noinline))
 #define RNNFAST_UNROLL _Pragma("GCC unroll 16")
 #define RNNFAST_UNROLL_8 _Pragma("GCC unroll 8")
 #define RNNFAST_NO_UNROLL

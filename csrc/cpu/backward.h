@@ -73,7 +73,8 @@ class BackwardPass {
         worker_(worker),
         units_{args.hidden_size, 1},
         outputs_{args.output_size, 1},
-        mine_(share_of(args, choice, worker, units_, outputs_)) {
+        mine_(share_of(args, choice, worker, units_, outputs_)),
+        cell_(make_cell<Cell>(args.options)) {
     planes_ = Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0);
   }
 
@@ -245,7 +246,7 @@ class BackwardPass {
     for (int k = 1; k < Cell::kStates; ++k)
       dstate[k] = load_units<W>(inner_gradient(k, b) + unit, left);
 
-    Cell::backward(kept, prev, next, dstate, dgx, dgh);
+    cell_.backward(kept, prev, next, dstate, dgx, dgh);
 
     RNNFAST_UNROLL
     for (int g = 0; g < Cell::kGates; ++g) {
@@ -329,6 +330,7 @@ class BackwardPass {
   const Worker worker_;
   const Panels<scalar_t> units_, outputs_;
   const Share mine_;
+  const Cell cell_;
   int planes_;
 };
 

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "../core/cell_info.h"
 #include "dispatch.h"
 #include "dot.h"
 
@@ -44,8 +45,9 @@ inline const ScanKernels<Float16>& scan_kernels(Isa isa, Float16) {
 
 // The layout in which weights of a type are packed.
 template <class scalar_t>
-WeightFormat packed_format(Isa isa) {
-  const bool dot = std::is_same_v<scalar_t, BFloat16> && dot_kernels(isa, 1).bfloat16 != nullptr;
+WeightFormat packed_format(Isa isa, int cell) {
+  const bool dot = std::is_same_v<scalar_t, BFloat16> && cell_info(cell).dot_kernels &&
+                   dot_kernels(isa, 1).bfloat16 != nullptr;
   return dot ? WeightFormat::kDot : WeightFormat::kPlain;
 }
 

@@ -47,12 +47,12 @@ int64_t bytes_of(Isa isa, int cell, const LayerArgs<scalar_t>& args, WeightForma
 
 template <class scalar_t>
 int64_t packed_bytes(Isa isa, int cell, const LayerArgs<scalar_t>& args) {
-  return bytes_of(isa, cell, args, packed_format<scalar_t>(isa));
+  return bytes_of(isa, cell, args, packed_format<scalar_t>(isa, cell));
 }
 
 template <class scalar_t>
 void pack_weights(Isa isa, int cell, const LayerArgs<scalar_t>& args, char* packed) {
-  const WeightFormat format = packed_format<scalar_t>(isa);
+  const WeightFormat format = packed_format<scalar_t>(isa, cell);
   const Header header = header_of(isa, cell, args, format);
   std::memcpy(packed, &header, sizeof(header));
   forward_kernels(isa, cell, format, scalar_t{}).pack(args, packed + sizeof(header));
@@ -72,9 +72,10 @@ void pack_weights_int8(Isa isa, int cell, const LayerArgs<float>& args, const In
 template <class scalar_t>
 bool take_packed(Isa isa, int cell, const char* packed, int64_t size, ForwardArgs<scalar_t>& args,
                  WeightFormat& format) {
-  const WeightFormat int8 =
-      std::is_same_v<scalar_t, float> ? WeightFormat::kInt8 : WeightFormat::kPlain;
-  for (WeightFormat made : {packed_format<scalar_t>(isa), int8}) {
+  const WeightFormat int8 = std::is_same_v<scalar_t, float> && cell_info(cell).dot_kernels
+                                ? WeightFormat::kInt8
+                                : WeightFormat::kPlain;
+  for (WeightFormat made : {packed_format<scalar_t>(isa, cell), int8}) {
     const Header header = header_of(isa, cell, args, made);
     if (size != bytes_of(isa, cell, args, made) || std::memcmp(packed, &header, sizeof(header)))
       continue;

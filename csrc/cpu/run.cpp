@@ -158,7 +158,7 @@ Planned<ForwardArgs<scalar_t>> plan_forward(Isa isa, int cell, ForwardArgs<scala
   } else {
     // No direct kernel reads groups.
     const bool all = choice.kernel_ih == Kernel::kPacked && choice.kernel_hh != Kernel::kDirect;
-    format = all ? packed_format<scalar_t>(isa) : WeightFormat::kPlain;
+    format = all ? packed_format<scalar_t>(isa, cell) : WeightFormat::kPlain;
   }
   const auto dot_for = [&](int64_t rows) {
     const DotKernels dot = dot_kernels(isa, rows);

@@ -68,6 +68,7 @@ class BackwardPass {
 
     if (args_.w_hr) gather(stage, order, rows, reset, reset_after);
     BackwardSteps<scalar_t> p{};
+    p.options = args_.options;
     p.hidden = H;
     p.rows = rows.rows;
     p.steps = count;

@@ -16,13 +16,13 @@ using ForwardOf = RNNFAST_TARGET::ForwardPass<Cell, scalar_t>;
 template <class Cell>
 using BackwardOf = RNNFAST_TARGET::BackwardPass<Cell, scalar_t>;
 
-// Calls use(Cell{}) with the cell of an id.
+// Calls use(cell) with the cell of an id.
 template <class Use>
 void with_cell(int cell, const Use& use) {
   using namespace RNNFAST_TARGET;
   switch (cell) {
 #define RNNFAST_USE(id, name, Type) \
-  case id: return use(Type{});
+  case id: return use(make_cell<Type>({}));
     RNNFAST_CELLS(RNNFAST_USE)
 #undef RNNFAST_USE
   }

@@ -48,6 +48,7 @@ class ForwardPass {
     const bool product = kDense && multiply(stage, rows, before);
 
     ForwardSteps<scalar_t> p{};
+    p.options = args_.options;
     p.hidden = H;
     p.rows = rows.rows;
     p.steps = count;

@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(BackwardTile<Cell, scalar_t, kHidden, kKept>::
         RNNFAST_UNROLL
         for (int k = 0; k < S; ++k) arrived[k] = dstate[s][j][k];
         arrived[0] += in.dy;
-        Cell::backward(in.saved, in.prev, in.next, arrived, dgx[j], dgh[j]);
+        Cell{}.backward(in.saved, in.prev, in.next, arrived, dgx[j], dgh[j]);
         if (row < now.rows) {
           RNNFAST_UNROLL
           for (int k = 0; k < S; ++k) dstate[s][j][k] = arrived[k];

@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(ForwardTile<Cell, scalar_t, kHidden, kUnits, k
       float entered[S];
       RNNFAST_UNROLL
       for (int k = 0; k < S; ++k) entered[k] = state[s][j][k];
-      Cell::forward(x, gh, state[s][j], saved);
+      Cell{}.forward(x, gh, state[s][j], saved);
       // A unit beyond the layer's stays zero, whatever an infinite h made of its zero weights.
       if (row >= now.rows || unit >= H) {
         RNNFAST_UNROLL

@@ -15,6 +15,7 @@ namespace {
 template <class scalar_t>
 struct BackwardSteps {
   using acc_t = accumulator_of<scalar_t>;
+  CellOptions options;
   int64_t hidden, rows, steps;
   int64_t goes_on;  // rows [0, goes_on) have a step after these: their gradient is in the carry
   int64_t carried;  // rows [0, carried) have a step before the last one taken; the others entered
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
       }
 
       acc_t dgx[G], dgh[G];
-      Cell::backward(saved, prev, next, dstate, dgx, dgh);
+      make_cell<Cell>(p.options).backward(saved, prev, next, dstate, dgx, dgh);
 
       scalar_t* const to_gx = p.dgx + at * G * H + unit;
       RNNFAST_UNROLL

@@ -17,6 +17,7 @@ namespace {
 template <class scalar_t>
 struct ForwardSteps {
   using acc_t = accumulator_of<scalar_t>;
+  CellOptions options;
   int64_t hidden, rows, steps;
   int64_t carried;      // rows [0, carried) go on from the step before, the others enter here
   int64_t ends_from;    // rows [ends_from, rows) have no step after these
@@ -104,7 +105,7 @@ struct ForwardUnit {
         gh[g] = row < p.products && !anew ? p.gh[(row * G + g) * H + unit] + b_hh[g] : b_hh[g];
     }
     acc_t saved[at_least_one<K>] = {};
-    Cell::forward(gx, gh, state, saved);
+    make_cell<Cell>(p.options).forward(gx, gh, state, saved);
 
     narrow(state[0], p.y[at * H + unit]);
     if (!p.saved) return;
