@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 CELLS = {
-    "lstm": "LstmCell",
-    "gru": "GruCell",
+    "lstm": "LstmCellOf<StandardActivations>",
+    "gru": "GruCellOf<StandardActivations>",
     "rnn_tanh": "RnnCell<Tanh, dense>",
     "rnn_relu": "RnnCell<Relu, dense>",
     "indrnn_tanh": "RnnCell<Tanh, diagonal>",
@@ -27,14 +27,18 @@ CELLS = {
     "qrnn_f": "QrnnFCell",
     "qrnn_fo": "QrnnCell<false>",
     "qrnn_ifo": "QrnnCell<true>",
+    "lstm_any": "LstmCellOf<ChosenActivations>",
+    "gru_any": "GruCellOf<ChosenActivations>",
+    "rnn_any": "RnnAnyCellOf<dense>",
+    "indrnn_any": "RnnAnyCellOf<diagonal>",
 }
 DTYPES = ("float", "double", "Float16", "BFloat16")
 # What csrc/core/onchip_tiles.h lists, and the cells and dtypes that a tile serves.
 TILES = Path(__file__).resolve().parents[1] / "csrc" / "core" / "onchip_tiles.h"
 TILE = re.compile(r"use\((\d), (\w+), +(\w+), +(\d+), +(\d+), +(\d+)\)")
 OF_GATES = {
-    "4": ("LstmCell",),
-    "3": ("GruCell",),
+    "4": (CELLS["lstm"],),
+    "3": (CELLS["gru"],),
     "1": ("RnnCell<Tanh, dense>", "RnnCell<Relu, dense>"),
 }
 OF_OPERAND = {"kHalf": ("Float16", "BFloat16"), "kTf32": ("float",)}
@@ -100,6 +104,7 @@ def plain(demangled: str) -> str:
     text = re.sub(r"(rnnfast|cuda|\(anonymous namespace\)|_GLOBAL__N__\w+)::", "", demangled)
     text = re.sub(r"\(Recurrence\)0", "dense", re.sub(r"\(Recurrence\)1", "diagonal", text))
     text = re.sub(r"\((?:int|bool)\)(\w+)", r"\1", text)
+    text = re.sub(r"FixedActivation<(\w+)Function>", r"\1", text)
     found = re.search(r"(\w+<.*>)\(", text) or re.search(r"(\w+)\(", text)
     return found.group(1) if found else text
 

@@ -73,8 +73,7 @@ class BackwardPass {
         worker_(worker),
         units_{args.hidden_size, 1},
         outputs_{args.output_size, 1},
-        mine_(share_of(args, choice, worker, units_, outputs_)),
-        cell_(make_cell<Cell>(args.options)) {
+        mine_(share_of(args, choice, worker, units_, outputs_)) {
     planes_ = Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0);
   }
 
@@ -330,7 +329,7 @@ class BackwardPass {
   const Worker worker_;
   const Panels<scalar_t> units_, outputs_;
   const Share mine_;
-  const Cell cell_;
+  const Cell cell_ = make_cell<Cell>(args_.options);
   int planes_;
 };
 

@@ -28,8 +28,7 @@ class ForwardPass {
         chunk_rows_(choice.chunk_rows),
         gates_{args.hidden_size, Cell::kGates},
         outputs_{args.output_size, 1},
-        mine_(share_of(args, choice, worker, gates_, outputs_)),
-        cell_(make_cell<Cell>(args.options)) {
+        mine_(share_of(args, choice, worker, gates_, outputs_)) {
     gx_row_ = gates_.padded();
     gx_ = scratch.gx + (mine_.by_units ? 0 : worker.index * scratch.gx_size);
     planes_ = Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0);
@@ -488,7 +487,7 @@ class ForwardPass {
   const int64_t chunk_rows_;
   const Panels<acc_t> gates_, outputs_;
   const Share mine_;
-  const Cell cell_;
+  const Cell cell_ = make_cell<Cell>(args_.options);
   int64_t gx_row_;
   acc_t* gx_;
   int planes_;
