@@ -36,12 +36,12 @@ SPECS: dict[str, CellSpec] = {
 
 def spec_of(layer: nn.Module) -> CellSpec:
     """The cell of a layer."""
-    return getattr(layer, "_cell", None) or SPECS[layer.mode]  # type: ignore[index]
+    return getattr(layer, "_chosen_cell", None) or SPECS[layer.mode]  # type: ignore[index]
 
 
 def text_of_cell(layer: nn.Module) -> str:
     """What was chosen, as the constructor takes it."""
-    spec: Any = layer._cell
+    spec: Any = layer._chosen_cell
     if spec is None:
         return ""
     plain, text = CellSpec("", 0, 0, 0, 0), ""
@@ -64,7 +64,7 @@ class Layer(nn.RNNBase):
     """What the layers share."""
 
     _frozen: Frozen | None = None
-    _cell: CellSpec | None = None  # where activations or a bound were chosen
+    _chosen_cell: CellSpec | None = None  # where activations or a bound were chosen
     #: Whether forward keeps only the states every 64 steps for backward, which computes the gates
     #: between them anew. May be set at any time, and holds from the next call on.
     recompute: bool = False
@@ -80,7 +80,7 @@ class Layer(nn.RNNBase):
     def _choose(self, kind: str, *options: Any) -> None:
         spec = chosen_cell(type(self).__name__.removeprefix("Lazy"), kind, *options)
         if spec.options:
-            self._cell = spec
+            self._chosen_cell = spec
 
     def _nonlinearity(self, kind: str, nonlinearity: str, activation: str | None) -> str:
         """torch.nn's argument; an activation that torch.nn has not is chosen."""
@@ -88,22 +88,11 @@ class Layer(nn.RNNBase):
             raise ValueError(
                 f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
             )
+        self.activation = nonlinearity if activation is None else activation
         if activation is None:
             return nonlinearity
         self._choose(kind, activation)
-        return "tanh" if self._cell else activation
-
-    @property
-    def activation(self) -> str:
-        """The activation of the state, and of the candidate for it."""
-        return (
-            getattr(self, "nonlinearity", "tanh") if self._cell is None else self._cell.activation
-        )
-
-    @property
-    def gate_activation(self) -> str:
-        """The activation of the gates."""
-        return "sigmoid" if self._cell is None else self._cell.gate_activation
+        return "tanh" if self._chosen_cell else activation
 
     def _set_options(self, recompute: bool, *options: Any) -> None:
         name = type(self).__name__
@@ -242,7 +231,7 @@ class Layer(nn.RNNBase):
         text = super().extra_repr()
         usual = "relu" if self.mode.startswith("IND") else "tanh"
         nonlinearity = getattr(self, "nonlinearity", usual)
-        if nonlinearity != usual and self._cell is None:
+        if nonlinearity != usual and self._chosen_cell is None:
             text += f", nonlinearity={nonlinearity}"
         text += text_of_cell(self)
         if self.recompute:

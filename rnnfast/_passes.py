@@ -56,16 +56,16 @@ def walk(
     passes: Sequence[Pass],
     directions: int,
     at_once: int,
-    run: Callable[[Tensor, Sequence[Pass]], Sequence[Any]],
+    run: Callable[[Tensor, int, Sequence[Pass]], Sequence[Any]],
     between: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, h_n (L*D, B, P) and c_n (L*D, B, H), empty for cells of one state. `run` gives y, h_n and
-    c_n of each of the next passes, `at_once` of them; `between` gets what one layer hands on to the
-    next, unless `run` has both."""
+    c_n of each of the next passes, `at_once` of them from the one of that index on; `between` gets
+    what one layer hands on to the next, unless `run` has both."""
     y = x
     outs: list[Any] = []
     for first in range(0, len(passes), at_once):
-        outs += run(y, passes[first : first + at_once])
+        outs += run(y, first, passes[first : first + at_once])
         y = outs[-1][0] if directions == 1 else torch.cat([outs[-2][0], outs[-1][0]], -1)
         if first + at_once < len(passes):
             y = between(y)

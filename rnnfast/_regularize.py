@@ -252,6 +252,8 @@ def run(
     added: Tensor | None = None
     if options.residual or options.input_dropout:
         y, added, h_n, c_n = _layer_by_layer(stack, options, *args, order)
+        if empty is not None and added is not None:
+            added = torch.where(empty, 0, added)
     else:
         y, h_n, c_n = stack(*args, options.return_last)
     if empty is not None:

@@ -204,8 +204,8 @@ def stack(
     grouped = not one_by_one and _group.applies(x, passes)
     all_at_once = grouped and directions == 1 and dropout == 0
 
-    def run(y: Tensor, some: Sequence[_passes.Pass]) -> Sequence[Any]:
-        ends = last and some[-1] is passes[-1]
+    def run(y: Tensor, first: int, some: Sequence[_passes.Pass]) -> Sequence[Any]:
+        ends = last and first + len(some) == len(passes)
         if grouped and len(some) > 1:
             return _group.run(spec, y, some, batch_sizes, directions == 1, ends)
         outs: list[Any] = []

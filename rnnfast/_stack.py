@@ -98,7 +98,7 @@ def _forward(
     masks: list[Tensor] = []
     chained = directions == 1
 
-    def run(y: Tensor, some: Sequence[_passes.Pass]) -> list[list[Tensor]]:
+    def run(y: Tensor, first: int, some: Sequence[_passes.Pass]) -> list[list[Tensor]]:
         given = [t for one in some for t in one]
         out = _group._forward_group(y, given, batch_sizes, cell, chained, save)
         saved.extend(out[3::4])
@@ -335,7 +335,7 @@ def _one_by_one(
             x, h0, c0 = _lengths.pack(x, rows), rows.sort(h0, 1), rows.sort(c0, 1)
             sizes, cut, drawn = rows.batch_sizes, rows.pack(reset), map(rows.pack, masks)
 
-        def run(y: Tensor, some: Sequence[_passes.Pass]) -> Any:
+        def run(y: Tensor, first: int, some: Sequence[_passes.Pass]) -> Any:
             given = [(y, *tensors, sizes, now) for *tensors, now, _ in some]
             if transforms_active():  # the operator would stop them
                 reference_of: Any = reference.forward

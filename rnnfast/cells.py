@@ -112,7 +112,8 @@ def cell_spec(cell: str | int | CellSpec) -> CellSpec:
 def _of_code(code: int) -> CellSpec:
     spec = CELLS[code & 0xFF]
     gate, state = code >> 8 & 0xFF, code >> 16 & 0xFF
-    if max(gate, state) > len(ACTIVATIONS) or code >> 24 & 0xFF:
+    has_not = (gate and spec.gates == 1) or (code >> 32 and spec.states == 1)
+    if max(gate, state) > len(ACTIVATIONS) or code >> 24 & 0xFF or has_not:
         raise RuntimeError(f"rnnfast: cell has options that there are not, got {code}")
     return replace(
         spec,
@@ -154,8 +155,10 @@ def chosen_cell(
         >>> chosen_cell("LSTM", "lstm", "relu").activation
         'relu'
     """
-    code = _number(who, "gate_activation", gate_activation) << 8
-    code |= _number(who, "activation", activation) << 16
+    gate = _number(who, "gate_activation", gate_activation)
+    code = _number(who, "activation", activation) << 16
+    if not kind.endswith("rnn"):
+        code |= gate << 8
     if cell_clip is not None:
         is_number = isinstance(cell_clip, (int, float)) and not isinstance(cell_clip, bool)
         # rounded to float32, in which the engines have it

@@ -109,6 +109,8 @@ class GRU(OneStateCalls):
     ) -> None:
         no_proj_size(kwargs, "GRU")
         self._choose("gru", activation, gate_activation)
+        # for who reads them; what is called was chosen above
+        self.activation, self.gate_activation = activation, gate_activation
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, 0, device, dtype,

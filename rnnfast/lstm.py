@@ -116,11 +116,6 @@ class LSTM(LSTMCalls):
 
     forget_bias: float | None = None
 
-    @property
-    def cell_clip(self) -> float | None:
-        """The bound of c, or None."""
-        return (self._cell.clip or None) if self._cell else None
-
     def __init__(
         self,
         input_size: int,
@@ -145,6 +140,9 @@ class LSTM(LSTMCalls):
     ) -> None:
         _check_forget_bias(forget_bias, bias)
         self._choose("lstm", activation, gate_activation, cell_clip)
+        # for who reads them; what is called was chosen above
+        self.activation, self.gate_activation = activation, gate_activation
+        self.cell_clip = cell_clip
         if forget_bias is not None:  # else the class says it; torch.nn draws the weights at once
             self.forget_bias = forget_bias
         super().__init__(

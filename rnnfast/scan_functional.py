@@ -23,12 +23,12 @@ POOLINGS = {"f": "qrnn_f", "fo": "qrnn_fo", "ifo": "qrnn_ifo"}
 
 
 def check_candidate(nonlinearity: Any) -> None:
-    if nonlinearity not in CANDIDATES:
+    if not isinstance(nonlinearity, str) or nonlinearity not in CANDIDATES:
         raise ValueError(f"rnnfast: nonlinearity must be 'g' or 'identity', got {nonlinearity!r}")
 
 
 def check_pooling(pooling: Any) -> None:
-    if pooling not in POOLINGS:
+    if not isinstance(pooling, str) or pooling not in POOLINGS:
         raise ValueError(f"rnnfast: pooling must be 'f', 'fo' or 'ifo', got {pooling!r}")
 
 

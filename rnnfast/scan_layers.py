@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _run
+from . import _reset, _run
 from ._layer import SPECS, Layer
 from ._signatures import Device, OneStateCalls
 from ._window import window
@@ -387,15 +387,18 @@ class QRNN(_ScanLayer):
     def _windows(self, x: Any, reset: Any) -> Any:
         """x in its form, each step with those before it."""
         if isinstance(x, PackedSequence):
-            cut = reset.data if isinstance(reset, PackedSequence) else reset
+            cut = None if reset is None else _reset.of_packed(reset, x, x.data)
             return x._replace(data=window(x.data, self.kernel_size, x.batch_sizes, cut))
         if x.dim() not in (2, 3):
             return x  # and an error of the layer
         by_batch = self.batch_first and x.dim() == 3
         if by_batch:
             x = x.transpose(0, 1)
-            reset = (
-                reset.transpose(0, 1) if isinstance(reset, Tensor) and reset.dim() > 1 else reset
+        if reset is not None:
+            batched = x.dim() == 3
+            reset = _reset.of_padded(
+                reset, x if batched else x.unsqueeze(1), batched, self.batch_first
             )
+            reset = reset if batched else reset.squeeze(1)
         x = window(x, self.kernel_size, None, reset)
         return x.transpose(0, 1) if by_batch else x

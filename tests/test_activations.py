@@ -45,7 +45,8 @@ GATED = ("LSTM", "GRU")
 
 def plain(layer: Any, x: Tensor, state: tuple[Tensor, ...], clip: float | None) -> tuple[Any, Any]:
     """One layer, one direction, step by step, from the attributes of a layer."""
-    act, gate = PLAIN[layer.activation], PLAIN[layer.gate_activation]
+    gate = PLAIN[getattr(layer, "gate_activation", "sigmoid")]  # of those that have gates
+    act = PLAIN[layer.activation]
     w_ih, w_hh, b_ih, b_hh = layer._weights()
     h, c = state if len(state) == 2 else (state[0], None)
     y = []
@@ -156,6 +157,32 @@ def test_values_and_slopes(activation: str, dtype: torch.dtype) -> None:
     rtol = (128 if activation == "gelu" else 8) * eps
     torch.testing.assert_close(y.view(-1).to(f64), value, rtol=rtol, atol=loose)
     torch.testing.assert_close(slope.to(f64), exact_slope, rtol=rtol, atol=max(loose, 8 * eps))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, f64], ids=str)
+def test_far_out_it_vanishes(activation: str, dtype: torch.dtype) -> None:
+    """exp ends before it is zero; a factor x must not bring that back."""
+    huge = torch.finfo(dtype).max / 2
+    x = torch.tensor([-huge, -1e30, 1e30, huge], dtype=dtype, requires_grad=True)
+    one = torch.ones(1, 1, dtype=dtype)
+    weights = [one, torch.zeros_like(one)]
+    y, _ = functional.rnn(x.view(1, -1, 1), None, weights, activation=activation, bias=False)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    value = y.detach().view(-1)
+    assert (value[:2].abs() < 1e-34).all() and (value[2:] == x[2:]).all()
+    torch.testing.assert_close(slope, torch.tensor([0, 0, 1, 1], dtype=dtype), rtol=0, atol=1e-34)
+
+
+def test_a_subclass_may_have_an_activation_of_its_own() -> None:
+    class Mine(rnnfast.LSTM):
+        def __init__(self, activation: Any) -> None:
+            super().__init__(3, 4)
+            self.activation = activation
+
+    relu = nn.ReLU()
+    assert Mine(relu).activation is relu and Mine(torch.relu).activation is torch.relu
+    assert Mine(relu)(torch.randn(2, 1, 3))[0].shape == (2, 1, 4)
 
 
 @pytest.mark.parametrize("activation", PLAIN)
@@ -300,10 +327,10 @@ def test_functions() -> None:
 
 def test_what_torch_has_stays_the_cell_of_torch() -> None:
     """The usual choice, spelled out, runs the usual kernels."""
-    assert rnnfast.LSTM(2, 3, activation="tanh", gate_activation="sigmoid")._cell is None
+    assert rnnfast.LSTM(2, 3, activation="tanh", gate_activation="sigmoid")._chosen_cell is None
     assert rnnfast.RNN(2, 3, activation="relu").nonlinearity == "relu"
     assert rnnfast.RNN(2, 3, activation="relu").mode == "RNN_RELU"
-    assert rnnfast.IndRNN(2, 3, activation="tanh")._cell is None
+    assert rnnfast.IndRNN(2, 3, activation="tanh")._chosen_cell is None
     assert rnnfast.RNN(2, 3, 1, "relu").activation == "relu"
     assert chosen_cell("GRU", "gru", "tanh") is cell_spec("gru")
     assert (
@@ -366,6 +393,8 @@ def test_errors_of_the_operator() -> None:
         (13 | 14 << 8, r"an activation must be a number in \[0, 13\], got 14"),
         (13 | 1 << 24, r"cell must be an id in \[0, 17\) and its options"),
         (13 | 0x7F800000 << 32, "the bound of c must be positive and finite"),
+        (15 | 3 << 8, "cell rnn_any has no gates"),
+        (14 | 0x3F800000 << 32, "cell gru_any has no c"),
         (-1, "cell must be an id"),
         (200, "cell must be an id"),
     ):

@@ -314,3 +314,28 @@ def test_onnx() -> None:
         got = there.run(None, {there.get_inputs()[0].name: x.numpy()})
         for a, b in zip(got, leaves_of(layer(x)), strict=True):
             torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "IndRNN"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_graph_of_two_layers_without_gradients(kind: str, bidirectional: bool) -> None:
+    torch.compiler.reset()
+    layer = getattr(rnnfast, kind)(3, 4, 2, bidirectional=bidirectional, return_last=True)
+    x = torch.randn(5, 2, 3)
+    graph = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_empty_row_adds_nothing_around_layers(compiled: bool) -> None:
+    """A row without a valid step ends as it began, and reaches no weight's gradient."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    layer = rnnfast.IndRNN(4, 4, 2, residual=True, return_last=True)
+    call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    mask = torch.tensor([[True, False], [True, False], [False, False]])
+    y, h_n = call(torch.randn(3, 2, 4), mask=mask)
+    assert (y[1] == 0).all() and (h_n[:, 1] == 0).all() and (y[0] != 0).any()
+    (grad,) = torch.autograd.grad(y[1].sum(), layer.bias_ih_l0)
+    assert (grad == 0).all()

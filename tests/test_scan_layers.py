@@ -428,3 +428,11 @@ def test_the_operators_refuse_a_hidden_side() -> None:
                 False, False)  # fmt: skip
     with pytest.raises(RuntimeError, match=r"w_hh must have shape .* = \(8, 8\), got \(0,\)"):
         forward(x, None, None, w, w[:0, 0], b, None, None, None, None, None, 2, False, False)
+
+
+@pytest.mark.parametrize("reset", [torch.zeros(2, 5, dtype=torch.bool), torch.zeros(5, 2), [True]])
+@pytest.mark.parametrize("kernel_size", [1, 2])
+def test_reset_is_checked_before_the_convolution(reset: Any, kernel_size: int) -> None:
+    layer = rnnfast.QRNN(3, 4, kernel_size=kernel_size)
+    with pytest.raises(RuntimeError, match=r"rnnfast: reset must be .* \(T, B\) = \(5, 2\)"):
+        layer(torch.randn(5, 2, 3), None, reset)

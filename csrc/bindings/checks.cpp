@@ -94,8 +94,12 @@ const CellInfo& checked_cell(int64_t cell) {
   const CellOptions options = options_of_code(cell);
   for (const Activation activation : {options.gate, options.state})
     if (static_cast<int>(activation) > kNumActivations)
-      fail("an activation must be a number in [0, " + std::to_string(kNumActivations) +
-           "], got " + std::to_string(static_cast<int>(activation)));
+      fail("an activation must be a number in [0, " + std::to_string(kNumActivations) + "], got " +
+           std::to_string(static_cast<int>(activation)));
+  if (info.gates == 1 && options.gate != Activation::kOwn)
+    fail(std::string("cell ") + info.name + " has no gates, got an activation of them");
+  if (info.states == 1 && options.clip != 0)
+    fail(std::string("cell ") + info.name + " has no c, got a bound of it");
   if (!(options.clip >= 0 && options.clip <= std::numeric_limits<float>::max()))
     fail("the bound of c must be positive and finite, or 0 for none, got " +
          std::to_string(options.clip));

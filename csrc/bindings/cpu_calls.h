@@ -38,8 +38,7 @@ ForwardArgs<scalar_t> cpu_args(const ForwardCall& call, const OptionalTensor& pa
 // Of float32 and float64.
 inline void run_on_cpu(const BackwardCall& call, int64_t cell) {
   const auto run = [&](auto scalar) {
-    run_backward(active_isa(), id_of_code(cell), call.args<decltype(scalar)>(),
-                 torch_threads());
+    run_backward(active_isa(), id_of_code(cell), call.args<decltype(scalar)>(), torch_threads());
   };
   if (call.layer.empty())
     call.fill_zeros();

@@ -28,8 +28,8 @@ void refuse_packed(const OptionalTensor& packed) {
 }
 
 Shape shape_of(const CheckedLayer& layer, int64_t cell, size_t itemsize) {
-  return {id_of_code(cell), layer.seq_len,     layer.batch, layer.input_size,
-          layer.hidden_size,      layer.output_size, layer.rows,  static_cast<int>(itemsize)};
+  return {id_of_code(cell),  layer.seq_len,     layer.batch, layer.input_size,
+          layer.hidden_size, layer.output_size, layer.rows,  static_cast<int>(itemsize)};
 }
 
 // Runs passes of one dtype: the choice, the room, the streams, the engine.

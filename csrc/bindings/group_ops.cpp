@@ -70,8 +70,7 @@ std::vector<Tensor> backward_group(Tensor x, Tensors passes, OptionalTensor batc
     const auto run = [&](auto scalar) {
       std::vector<BackwardArgs<decltype(scalar)>> args;
       for (const BackwardCall& call : calls) args.push_back(call.args<decltype(scalar)>());
-      run_backward_group(active_isa(), id_of_code(cell), args.data(), count, chained,
-                         threads);
+      run_backward_group(active_isa(), id_of_code(cell), args.data(), count, chained, threads);
     };
     if (calls[0].layer.empty())
       for (const BackwardCall& call : calls) call.fill_zeros();

@@ -11,8 +11,7 @@ Tensor pack_op(int64_t cell, const CheckedLayer& layer) {
   LayerArgs<scalar_t> args{};
   layer.fill(args);
   const Isa isa = active_isa();
-  Tensor packed =
-      empty({packed_bytes(isa, id_of_code(cell), args)}, ScalarType::Byte, layer.place);
+  Tensor packed = empty({packed_bytes(isa, id_of_code(cell), args)}, ScalarType::Byte, layer.place);
   fill_zero(packed);  // the gaps between its parts, too
   pack_weights(isa, id_of_code(cell), args, out<char>(packed));
   return packed;

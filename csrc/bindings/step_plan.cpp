@@ -96,7 +96,11 @@ RNNFAST_EXPORT void* rnnfast_make_step_plan(int isa, int64_t cell, int dtype, in
                                    ScalarType::Half};
   try {
     auto plan = std::make_unique<StepPlan>();
-    *plan = {static_cast<Isa>(isa), id_of_code(cell), options_of_code(cell), kTypes[dtype], {layers, layers + count}};
+    *plan = {static_cast<Isa>(isa),
+             id_of_code(cell),
+             options_of_code(cell),
+             kTypes[dtype],
+             {layers, layers + count}};
     bool fits = true;
     with_type(plan->dtype, [&](auto scalar) {
       for (const StepLayer& layer : plan->layers) {

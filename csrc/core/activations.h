@@ -59,18 +59,18 @@ template <class V>
 RNNFAST_HD V scaled_erfc(V z) {
   constexpr bool kFloat = sizeof(scalar_of<V>) == 4;
   constexpr double kCenter = kFloat ? 2 : 3;
-  constexpr double kFloatTerms[] = {
-      0.255395678,   -0.171790159,   0.0698678668,    -0.00911083471, -0.00537581309, 0.00162172596,
-      0.00076457858, -0.000215335244, -0.000149691356, 1.83009385e-5,  2.10805986e-5};
+  constexpr double kFloatTerms[] = {0.255395678,     -0.171790159,  0.0698678668,  -0.00911083471,
+                                    -0.00537581309,  0.00162172596, 0.00076457858, -0.000215335244,
+                                    -0.000149691356, 1.83009385e-5, 2.10805986e-5};
   constexpr double kDoubleTerms[] = {
-      0.17900115118138995,      -0.147232408861647244,    0.0983713928506837224,
-      -0.0517445436500972038,   0.0199212935478779451,    -0.00447120577067523595,
-      -0.00020206943780763867,  0.000505676999343023034,  -0.0000913849490627639385,
+      0.17900115118138995,       -0.147232408861647244,    0.0983713928506837224,
+      -0.0517445436500972038,    0.0199212935478779451,    -0.00447120577067523595,
+      -0.00020206943780763867,   0.000505676999343023034,  -0.0000913849490627639385,
       -0.0000461296356703568285, 0.0000179269159546671282, 5.06634193095446807e-6,
-      -2.91176331639451874e-6,  -7.91504712683929202e-7,  4.60898914059821527e-7,
-      1.66469502381849567e-7,   -6.7992647577299501e-8,   -3.89756133485675406e-8,
-      7.67631669904141913e-9,   8.53040366168678302e-9,   -1.63639276759865021e-10,
-      -1.44896237817263803e-9,  -1.63052273130677516e-10, 1.35178121603166549e-10,
+      -2.91176331639451874e-6,   -7.91504712683929202e-7,  4.60898914059821527e-7,
+      1.66469502381849567e-7,    -6.7992647577299501e-8,   -3.89756133485675406e-8,
+      7.67631669904141913e-9,    8.53040366168678302e-9,   -1.63639276759865021e-10,
+      -1.44896237817263803e-9,   -1.63052273130677516e-10, 1.35178121603166549e-10,
       2.73685716949049759e-11};
   const V one_minus_u = Lanes<V>::quotient(splat<V>(2 * kCenter), z + splat<V>(kCenter));
   const V u = splat<V>(1.0) - one_minus_u;
@@ -88,6 +88,13 @@ RNNFAST_HD void normal(V x, V& density, V& below) {
   const V tail = splat<V>(0.5) * bell * scaled_erfc(z);  // on the side of x
   density = splat<V>(0.39894228040143267794) * bell;
   below = x > V{} ? splat<V>(1.0) - tail : tail;
+}
+
+// exp ends before it vanishes: beyond, a factor x must not bring it back.
+constexpr double kFarOut = 40;
+template <class V>
+RNNFAST_HD V silu(V x, V sigmoid_of_x) {
+  return Lanes<V>::maximum(splat<V>(Lanes<V>::kExpMin), x) * sigmoid_of_x;
 }
 
 RNNFAST_HD bool keeps_input(Activation activation) {
@@ -134,9 +141,9 @@ RNNFAST_OUTLINE void activate(Activation activation, V (&x)[count], V (&kept)[co
       return each_keeping_input([](V v) {
         V density, below;
         normal(v, density, below);
-        return v * below;
+        return L::maximum(splat<V>(-kFarOut), v) * below;
       });
-    case Activation::kSilu: return each_keeping_input([](V v) { return v * sigmoid(v); });
+    case Activation::kSilu: return each_keeping_input([](V v) { return silu(v, sigmoid(v)); });
     case Activation::kSoftplus: return each([](V v) { return softplus(v); });
     case Activation::kLeakyRelu:
       return each([](V v) { return v > V{} ? v : splat<V>(kLeakySlope) * v; });
@@ -147,8 +154,9 @@ RNNFAST_OUTLINE void activate(Activation activation, V (&x)[count], V (&kept)[co
 
 // From what was kept to value[k] and its derivative slope[k].
 template <class V, int count>
-RNNFAST_OUTLINE void differentiate(Activation activation, const V (&kept)[count],
-                                   V (&value)[count], V (&slope)[count]) {
+RNNFAST_OUTLINE void differentiate(Activation activation, const V (&kept)[count], V (&value)[count],
+                                   V (&slope)[count]) {
+  using L = Lanes<V>;
   const V one = splat<V>(1.0);
   const auto each = [&](const auto& slope_at) {
     RNNFAST_UNROLL
@@ -166,8 +174,7 @@ RNNFAST_OUTLINE void differentiate(Activation activation, const V (&kept)[count]
         const V inside = y >= one ? V{} : splat<V>(1.0 / 6.0);
         return y <= V{} ? V{} : inside;
       });
-    case Activation::kHardTanh:
-      return each([&](V y) { return magnitude(y) >= one ? V{} : one; });
+    case Activation::kHardTanh: return each([&](V y) { return magnitude(y) >= one ? V{} : one; });
     case Activation::kSoftsign:
       return each([&](V y) {
         const V rest = one - magnitude(y);
@@ -183,15 +190,16 @@ RNNFAST_OUTLINE void differentiate(Activation activation, const V (&kept)[count]
       for (int k = 0; k < count; ++k) {
         V density, below;
         normal(kept[k], density, below);
-        value[k] = kept[k] * below;
-        slope[k] = below + kept[k] * density;
+        value[k] = L::maximum(splat<V>(-kFarOut), kept[k]) * below;
+        slope[k] = below +
+                   L::minimum(splat<V>(kFarOut), L::maximum(splat<V>(-kFarOut), kept[k])) * density;
       }
       return;
     case Activation::kSilu:
       RNNFAST_UNROLL
       for (int k = 0; k < count; ++k) {
         const V s = sigmoid(kept[k]);
-        value[k] = kept[k] * s;
+        value[k] = silu(kept[k], s);
         slope[k] = s + value[k] * (one - s);
       }
       return;

@@ -32,7 +32,7 @@ struct Rows {
 template <class scalar_t>
 struct LayerArgs {
   int64_t seq_len, batch, input_size, hidden_size, output_size;
-  int64_t rows;                // N
+  int64_t rows;  // N
   CellOptions options;
   const int64_t* batch_sizes;  // (T) rows of each step, never growing with t; null: always B
   const int64_t* offsets;      // (T + 1) first row of each step; null with batch_sizes

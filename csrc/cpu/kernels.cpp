@@ -99,7 +99,8 @@ constexpr Int8Kernels kInt8[] = {RNNFAST_CELLS_OF_ALL_FORMATS(RNNFAST_INT8)};
 constexpr BackwardKernels<float> kBackward32[] = {RNNFAST_CELLS(RNNFAST_BACKWARD32)};
 constexpr BackwardKernels<double> kBackward64[] = {RNNFAST_CELLS(RNNFAST_BACKWARD64)};
 #ifdef RNNFAST_DOT_BFLOAT16_HERE
-constexpr ForwardKernels<BFloat16> kDotBFloat16[] = {RNNFAST_CELLS_OF_ALL_FORMATS(RNNFAST_DOT_BFLOAT16)};
+constexpr ForwardKernels<BFloat16> kDotBFloat16[] = {
+    RNNFAST_CELLS_OF_ALL_FORMATS(RNNFAST_DOT_BFLOAT16)};
 #else
 constexpr const ForwardKernels<BFloat16>* kDotBFloat16 = nullptr;
 #endif
