@@ -190,7 +190,8 @@ Values results(const Layer& layer, CudaKernel kernel, unsigned seed) {
 template <class scalar_t>
 void check_type(const Layer& layer, const std::string& what) {
   const Values step = results<scalar_t>(layer, CudaKernel::kStep, 3);
-  if (!cell_info(layer.cell).dense || !layer.w_hr.empty()) return;
+  const CellInfo& info = cell_info(layer.cell);
+  if (!info.dense || info.options || !layer.w_hr.empty()) return;
   for (unsigned seed = 0; seed < 5; ++seed)
     check(near(results<scalar_t>(layer, CudaKernel::kOnchip, seed), step, 2e-2),
           what + ": on chip, " + std::to_string(sizeof(scalar_t)) + " bytes");
