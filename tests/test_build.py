@@ -107,8 +107,12 @@ ptxas info    : Used {registers} registers, used 0 barriers
 """
 
 
-# void rnnfast::cuda::onchip_backward<GruCell, BFloat16, 192, 5>(): 12 warps, 3 in each quarter.
-TILE = "_ZN7rnnfast4cuda15onchip_backwardINS0_7GruCellENS_8BFloat16ELi192ELi5EEEvv"
+# void rnnfast::cuda::onchip_backward<GruCellOf<StandardActivations>, BFloat16, 192, 5>(): 12 warps,
+# 3 in each quarter.
+TILE = (
+    "_ZN7rnnfast4cuda15onchip_backward"
+    "INS0_9GruCellOfINS0_19StandardActivationsEEENS_8BFloat16ELi192ELi5EEEvv"
+)
 
 
 def check_kernels(log: Path, *entries: dict[str, object]) -> tuple[int, str]:
@@ -128,7 +132,7 @@ def check_kernels(log: Path, *entries: dict[str, object]) -> tuple[int, str]:
         ({"registers": 65}, "sums on sm_90a: 65 registers, 64 allowed"),
         ({"name": TILE, "registers": 169}, "192, 5> on sm_90a: 169 registers, 168 allowed"),
         ({}, "sums is not on the list"),
-        ({"arch": "sm_80"}, "forward_steps<LstmCell, float> is missing for sm_80"),
+        ({"arch": "sm_80"}, "forward_steps<QrnnFCell, float> is missing for sm_80"),
     ],
 )
 def test_kernels_that_spill_or_are_missing(
