@@ -150,7 +150,10 @@ def check_weights(
             _check_dtype(name, bias, x)
             if name == "b_hh" and not spec.has_hidden_side and bias.shape == (0,):
                 continue
-            _check_shape(name, bias, "(G*H,)", (rows,))
+            if name == "b_hh" and spec.parameters:
+                _check_shape(name, bias, "((G+K)*H,)", (rows + spec.parameters * hidden,))
+            else:
+                _check_shape(name, bias, "(G*H,)", (rows,))
 
 
 def check_layer(

@@ -19,14 +19,15 @@ def use_reference(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
-    packed_rows: bool = False,
+    without_rules: bool = False,
 ) -> bool:
-    """Whether a call goes to reference.py; an error if nothing can run it."""
+    """Whether a call goes to reference.py; an error if nothing can run it. without_rules: packed
+    rows, or a cell with parameters, for which _functorch.py has no rules."""
     if engine.forced == "reference":
         return True
     # an operator would stop functorch, and lose a tangent without a word
     if _transforms_active():
-        beyond = forward_ad._current_level >= 0 or not _fits_transforms(x, packed_rows)
+        beyond = forward_ad._current_level >= 0 or without_rules or not _fits_transforms(x)
     else:
         beyond = has_tangent((x, h0, c0, *weights))
     if beyond:
@@ -55,9 +56,9 @@ def check_place(x: Tensor) -> None:
         raise RuntimeError(f'rnnfast: the engine "cuda" was forced, got a tensor on {x.device}')
 
 
-def _fits_transforms(x: Tensor, packed_rows: bool) -> bool:
+def _fits_transforms(x: Tensor) -> bool:
     """Whether _functorch.py has rules for the transforms in force, on tensors of an engine."""
-    if packed_rows or torch.compiler.is_compiling() or x.numel() == 0:
+    if torch.compiler.is_compiling() or x.numel() == 0:
         return False
     return x.dtype in DTYPES and (x.is_cpu or x.is_cuda) and _functorch.fits()
 

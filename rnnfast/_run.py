@@ -155,7 +155,8 @@ def stack(
     where a graph keeps them; last: nobody reads y, which may then be empty. Gives y, h_n
     (L*D, B, P) and c_n (L*D, B, H), which is empty for cells of one state.
     """
-    use_ref = use_reference(x, h0, c0, weights, batch_sizes is not None)
+    without_rules = batch_sizes is not None or spec.parameters > 0
+    use_ref = use_reference(x, h0, c0, weights, without_rules)
     # some cells save nothing but y
     recompute = recompute and spec.saved > 0 and _is_grad_enabled()
     if use_ref and batch_sizes is not None:

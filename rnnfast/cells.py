@@ -33,6 +33,8 @@ class CellSpec:
         dense: whether the recurrence is ``w_hh @ h``; where it is neither, w_hh is empty, ``(0,)``,
             and a step sees the one before it only through the states
         split_gates: whether the gradients of a gate's input and hidden side differ
+        parameters: numbers ``K`` that each unit has besides weights and biases; they stand behind
+            the bias in ``b_hh``, of shape ``((G+K)*H,)``
         options: whether a call may choose activations (``name`` then ends with ``_any``)
         activation, gate_activation: those of the state and of the gates
         clip: bound of the LSTM's ``c``, 0 for none
@@ -46,6 +48,7 @@ class CellSpec:
     diagonal: bool = False
     split_gates: bool = False
     dense: bool = True
+    parameters: int = 0
     options: bool = False
     activation: str = "tanh"
     gate_activation: str = "sigmoid"

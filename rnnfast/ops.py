@@ -151,7 +151,7 @@ def backward_fake(
         w_ih.shape,
         w_hh.shape,
         (gates,),
-        (gates,) if b_hh is None else b_hh.shape,
+        (gates,) if b_hh is None else b_hh.shape,  # with the cell's parameters
         (0,) if w_hr is None else w_hr.shape,
     )
     return tuple(

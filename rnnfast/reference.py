@@ -7,7 +7,7 @@ transforms, forward-mode AD, derivatives above the first, other dtypes and devic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,11 @@ __all__ = ["cell_step", "forward", "scan"]
 
 
 def cell_step(
-    spec: CellSpec, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]
+    spec: CellSpec,
+    gx: Tensor,
+    gh: Tensor,
+    state: tuple[Tensor, ...],
+    p: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
     r"""One step of a cell, from pre-activations to the next state.
 
@@ -28,9 +32,11 @@ def cell_step(
         gx: input side ``w_ih x + b_ih``
         gh: hidden side ``w_hh h + b_hh``
         state: ``(h,)`` or ``(h, c)``, each :math:`(N, H)`
+        p: the parameters of a cell that has some
 
     Shape:
         - gx, gh: :math:`(N, G \cdot H)`
+        - p: each :math:`(H)`
         - Output: the new state, shapes as ``state``
     """
     act, gate = _activation(spec.activation), _activation(spec.gate_activation)
@@ -143,7 +149,8 @@ def forward(
         - w_ih: :math:`(G \cdot H, I)`
         - w_hh: :math:`(G \cdot H, P)`, or :math:`(G \cdot H)` for a diagonal recurrence, or
           :math:`(0)` where there is none
-        - b_ih, b_hh: :math:`(G \cdot H)`
+        - b_ih, b_hh: :math:`(G \cdot H)`; b_hh of a cell with :math:`K` parameters
+          :math:`((G + K) \cdot H)`
         - w_hr: :math:`(P, H)`
         - batch_sizes: :math:`(T)`, int64
         - reset: :math:`(T, B)`, or packed :math:`(\sum_t n_t)`, bool
@@ -177,6 +184,13 @@ def forward(
     if spec.states > 1 and not rest:
         rest = (x.new_zeros(batch, hidden),) * (spec.states - 1)
 
+    p: tuple[Tensor, ...] = ()
+    if spec.parameters:
+        if b_hh is None:
+            p = (w_ih.new_zeros(hidden),) * spec.parameters
+        else:
+            b_hh, of_units = b_hh.split((spec.gates * hidden, spec.parameters * hidden))
+            p = of_units.chunk(spec.parameters)
     gx = x @ w_ih.t()
     if b_ih is not None:
         gx = gx + b_ih
@@ -196,7 +210,7 @@ def forward(
             gh = torch.zeros_like(gx[t])
         if b_hh is not None and (spec.has_hidden_side or b_hh.size(0) > 0):
             gh = gh + b_hh
-        new = cell_step(spec, gx[t], gh, (h, *rest))
+        new = cell_step(spec, gx[t], gh, (h, *rest), p)
         out = new[0] if w_hr is None else new[0] @ w_hr.t()
         if valid is not None:
             out = torch.where(valid[t], out, h)

@@ -271,7 +271,10 @@ void CheckedLayer::check_weights() {
       b_hh_.reset();
       continue;
     }
-    check_shape(name, **bias, "(G*H,)", {gate_rows});
+    if (bias == &b_hh_ && cell.parameters > 0)
+      check_shape(name, **bias, "((G+K)*H,)", {gate_rows + cell.parameters * hidden_size});
+    else
+      check_shape(name, **bias, "(G*H,)", {gate_rows});
   }
 }
 

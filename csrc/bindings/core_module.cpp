@@ -86,7 +86,10 @@ Array<uint16_t> narrow_bits(const std::string& isa, bool brain, const Array<floa
 template <class Cell>
 py::dict run_cell(const std::vector<double>& gx_in, const std::vector<double>& gh_in,
                   const std::vector<double>& state_in, const std::vector<double>& dstate_in,
-                  int64_t code) {
+                  int64_t code, const std::vector<double>& parameters) {
+  constexpr int kParameters = RNNFAST_TARGET::kParametersOf<Cell>;
+  double p[RNNFAST_TARGET::at_least_one<kParameters>] = {},
+         dp[RNNFAST_TARGET::at_least_one<kParameters>] = {};
   double gx[Cell::kGates], gh[Cell::kGates], prev[Cell::kStates], next[Cell::kStates],
       dstate[Cell::kStates];
   double saved[RNNFAST_TARGET::at_least_one<Cell::kSaved>] = {}, dgx[Cell::kGates],
@@ -95,23 +98,28 @@ py::dict run_cell(const std::vector<double>& gx_in, const std::vector<double>& g
       state_in.size() != Cell::kStates || dstate_in.size() != Cell::kStates)
     throw std::invalid_argument(
         "rnnfast: gx, gh need one number a gate, state and dstate one a state");
+  if (!parameters.empty() && parameters.size() != kParameters)
+    throw std::invalid_argument("rnnfast: p needs one number a parameter");
+  for (size_t k = 0; k < parameters.size(); ++k) p[k] = parameters[k];
   for (int g = 0; g < Cell::kGates; ++g) gx[g] = gx_in[g], gh[g] = gh_in[g];
   for (int k = 0; k < Cell::kStates; ++k) prev[k] = next[k] = state_in[k], dstate[k] = dstate_in[k];
   const Cell cell = RNNFAST_TARGET::make_cell<Cell>(options_of_code(code));
-  cell.forward(gx, gh, next, saved);
-  cell.backward(saved, prev, next, dstate, dgx, dgh);
+  RNNFAST_TARGET::cell_forward(cell, p, gx, gh, next, saved);
+  RNNFAST_TARGET::cell_backward(cell, p, dp, saved, prev, next, dstate, dgx, dgh);
   py::dict result;
   result["state"] = std::vector<double>(next, next + Cell::kStates);
   result["dstate"] = std::vector<double>(dstate, dstate + Cell::kStates);
   result["dgx"] = std::vector<double>(dgx, dgx + Cell::kGates);
   result["dgh"] = std::vector<double>(dgh, dgh + Cell::kGates);
+  result["dp"] = std::vector<double>(dp, dp + kParameters);
   return result;
 }
 
 py::dict cell(const std::string& name, const std::vector<double>& gx, const std::vector<double>& gh,
-              const std::vector<double>& state, const std::vector<double>& dstate, int64_t code) {
+              const std::vector<double>& state, const std::vector<double>& dstate, int64_t code,
+              const std::vector<double>& p) {
 #define RNNFAST_RUN_CELL(id, cell_name, Type) \
-  if (name == #cell_name) return run_cell<RNNFAST_TARGET::Type>(gx, gh, state, dstate, code);
+  if (name == #cell_name) return run_cell<RNNFAST_TARGET::Type>(gx, gh, state, dstate, code, p);
   RNNFAST_CELLS(RNNFAST_RUN_CELL)
   throw std::invalid_argument("rnnfast: no cell is called " + name);
 }
@@ -126,6 +134,7 @@ std::vector<py::dict> cells() {
     entry["gates"] = info.gates;
     entry["states"] = info.states;
     entry["saved"] = info.saved;
+    entry["parameters"] = info.parameters;
     entry["dense"] = info.dense;
     entry["diagonal"] = info.diagonal;
     list.push_back(entry);
@@ -203,7 +212,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("widen", &widen_bits, py::arg("isa"), py::arg("brain"), py::arg("bits"));
   m.def("narrow", &narrow_bits, py::arg("isa"), py::arg("brain"), py::arg("values"));
   m.def("cell", &cell, py::arg("name"), py::arg("gx"), py::arg("gh"), py::arg("state"),
-        py::arg("dstate"), py::arg("code") = 0);
+        py::arg("dstate"), py::arg("code") = 0, py::arg("p") = std::vector<double>());
   m.def("cells", &cells, "The list of cells with their numbers.");
   m.def("choose", &choose, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("rows"), py::arg("itemsize"), py::arg("max_threads"),

@@ -164,7 +164,8 @@ struct BackwardCall {
             : layer.cell.diagonal ? if_needed(kDwHh, {H})
                                   : empty({0}, layer.dtype, layer.place),
             if_needed(kDbIh, {gates}),
-            layer.has_b_hh() ? if_needed(kDbHh, {gates}) : empty({0}, layer.dtype, layer.place),
+            layer.has_b_hh() ? if_needed(kDbHh, {gates + layer.cell.parameters * H})
+                             : empty({0}, layer.dtype, layer.place),
             if_needed(kDwHr, {P, H})};
   }
 

@@ -9,12 +9,16 @@
 //   kSplitGates  whether dgh differs from dgx (false lets the engine keep one buffer)
 //   kReadsH      whether forward reads h_{t-1} itself, and backward gives a part of its gradient,
 //                besides the way through gh
+//   kParameters  (may be left out: 0) numbers that each unit has besides its weights and biases;
+//                they stand behind the bias in b_hh, which then has (G + kParameters)*H numbers
 //   forward(gx, gh, state, saved)
 //       gx, gh: pre-activations of the input and of the hidden side, biases included; V[kGates]
 //       state:  in h_{t-1}, c_{t-1} ..., out h_t, c_t ...
 //   backward(saved, prev, next, dstate, dgx, dgh)
 //       dstate: in dL/d(h_t, c_t ...), out dL/d(h_{t-1}, c_{t-1} ...) without the way through gh,
 //               which the engine adds
+//   forward(p, ...), backward(p, dp, ...)   the same of a cell with parameters
+//       p, dp:  V[kParameters]: this unit's, and dL/dp of this row, which the engine sums
 // over a number type V (float, double or a SIMD vector of them): values in registers, no index,
 // pointer, thread or size. Members that are not static read what the cell was made with: the
 // options of the call, if it has a constructor of CellOptions (cells/activation.h has some).
@@ -45,10 +49,46 @@ RNNFAST_HD Cell make_cell([[maybe_unused]] const CellOptions& options) {
 }
 
 template <class Cell>
+constexpr int parameters_of() {
+  if constexpr (requires { Cell::kParameters; })
+    return Cell::kParameters;
+  else
+    return 0;
+}
+template <class Cell>
+constexpr int kParametersOf = parameters_of<Cell>();
+
+template <class Cell, class V>
+RNNFAST_HD void cell_forward(const Cell& cell,
+                             [[maybe_unused]] const V (&p)[at_least_one<kParametersOf<Cell>>],
+                             const V (&gx)[Cell::kGates], const V (&gh)[Cell::kGates],
+                             V (&state)[Cell::kStates], V (&saved)[at_least_one<Cell::kSaved>]) {
+  if constexpr (kParametersOf<Cell> > 0)
+    cell.forward(p, gx, gh, state, saved);
+  else
+    cell.forward(gx, gh, state, saved);
+}
+
+template <class Cell, class V>
+RNNFAST_HD void cell_backward(const Cell& cell,
+                              [[maybe_unused]] const V (&p)[at_least_one<kParametersOf<Cell>>],
+                              [[maybe_unused]] V (&dp)[at_least_one<kParametersOf<Cell>>],
+                              const V (&saved)[at_least_one<Cell::kSaved>],
+                              const V (&prev)[Cell::kStates], const V (&next)[Cell::kStates],
+                              V (&dstate)[Cell::kStates], V (&dgx)[Cell::kGates],
+                              V (&dgh)[Cell::kGates]) {
+  if constexpr (kParametersOf<Cell> > 0)
+    cell.backward(p, dp, saved, prev, next, dstate, dgx, dgh);
+  else
+    cell.backward(saved, prev, next, dstate, dgx, dgh);
+}
+
+template <class Cell>
 constexpr bool is_cell() {
   static_assert(Cell::kGates >= 1 && Cell::kGates <= 4, "a cell has 1 to 4 gates");
   static_assert(Cell::kStates >= 1, "state 0 is h");
   static_assert(Cell::kSaved >= 0, "kSaved counts planes");
+  static_assert(kParametersOf<Cell> >= 0, "kParameters counts numbers of a unit");
   static_assert(Cell::kRecurrence != Recurrence::kDiagonal || Cell::kGates == 1,
                 "a diagonal recurrence has one gate");
   return true;

@@ -2,8 +2,10 @@
 // `cell` argument of the operators (core/cell_code.h) and must never change its meaning;
 // rnnfast/cells.py names the same ids (held together by tests/test_core.py).
 //
-// All of them have kernels of every type. Those of all formats also have the CPU's products of
-// bfloat16 in pairs and of int8; the others convert bfloat16, and can't be quantized.
+// Each class has less on the CPU than the one before. Of all formats: kernels of every type, and
+// the products of bfloat16 in pairs and of int8. Of all types: bfloat16 is converted, and int8
+// refused. The rest: kernels of full width only, float32 and float64; calls of 16 bits run in
+// float32 (cpu/run_widened.cpp).
 #pragma once
 
 #include "gru.h"
@@ -29,10 +31,13 @@
   use(11, qrnn_fo, QrnnFoCell)                 \
   use(12, qrnn_ifo, QrnnIfoCell)
 
-#define RNNFAST_CELLS(use)                     \
+#define RNNFAST_CELLS_OF_ALL_TYPES(use)        \
   RNNFAST_CELLS_OF_ALL_FORMATS(use)            \
   use(13, lstm_any, LstmAnyCell)               \
   use(14, gru_any, GruAnyCell)                 \
   use(15, rnn_any, RnnAnyCell)                 \
   use(16, indrnn_any, IndRnnAnyCell)
+
+#define RNNFAST_CELLS(use)                     \
+  RNNFAST_CELLS_OF_ALL_TYPES(use)
 // clang-format on

@@ -5,10 +5,12 @@ namespace rnnfast {
 
 struct CellInfo {
   const char* name;
-  int gates, states, saved;
+  int gates, states, saved, parameters;
   bool dense, diagonal, split_gates;  // w_hh is a matrix, a vector, or (neither) empty
   bool options;                       // whether a call may choose activations, and a bound of c
-  bool dot_kernels;  // whether the CPU multiplies its bfloat16 and int8 by instructions for them
+  // On the CPU: whether its bfloat16 and int8 are multiplied by instructions for them, and whether
+  // there are kernels of 16 bits at all.
+  bool dot_kernels, half_kernels;
 };
 
 extern const int kNumCells;

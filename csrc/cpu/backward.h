@@ -23,11 +23,12 @@ struct BackwardScratch {
   scalar_t *w_hh, *w_hr, *w_ih;  // packed by rows; null: read in PyTorch's layout
   scalar_t *dh, *dc;             // carried: (B, P), (S-1, B, H)
   scalar_t *dgx, *dgh;           // (chunk rows, gate_row); one buffer unless kSplitGates
+  scalar_t* dp;                  // (chunk rows, parameter_row) of a cell with parameters
   scalar_t* dm;                  // (B, H) gradient of h before the projection
   scalar_t* dh_steps;            // (chunk rows, P) total gradient of the projected h
   scalar_t *x_packed, *h_packed, *m_packed;  // right sides of the weight gradients
   scalar_t* a_tiles;                         // (workers, kLeftTiles tiles of chunk rows) left side
-  int64_t capacity, gate_row, a_tiles_size;
+  int64_t capacity, gate_row, parameter_row, a_tiles_size;
 };
 
 template <class Cell, class scalar_t>
@@ -51,6 +52,8 @@ BackwardScratch<scalar_t> backward_scratch(const BackwardArgs<scalar_t>& args, c
     s.dc = arena.take<scalar_t>((Cell::kStates - 1) * args.batch * args.hidden_size);
   s.dgx = arena.take<scalar_t>(s.capacity * s.gate_row);
   s.dgh = Cell::kSplitGates ? arena.take<scalar_t>(s.capacity * s.gate_row) : s.dgx;
+  s.parameter_row = kParametersOf<Cell> * args.hidden_size + lanes_of<scalar_t>;
+  if (kParametersOf<Cell> > 0) s.dp = arena.take<scalar_t>(s.capacity * s.parameter_row);
   if (args.w_hr) {
     s.dm = arena.take<scalar_t>(args.batch * units.padded());
     s.dh_steps = arena.take<scalar_t>(s.capacity * args.output_size + 2 * kLeftTiles * kMaxRows);
@@ -245,7 +248,19 @@ class BackwardPass {
     for (int k = 1; k < Cell::kStates; ++k)
       dstate[k] = load_units<W>(inner_gradient(k, b) + unit, left);
 
-    cell_.backward(kept, prev, next, dstate, dgx, dgh);
+    constexpr int kParameters = kParametersOf<Cell>;
+    W params[at_least_one<kParameters>] = {}, dparams[at_least_one<kParameters>] = {};
+    RNNFAST_UNROLL
+    for (int k = 0; k < kParameters; ++k)
+      if (args_.b_hh)
+        params[k] = load_units<W>(args_.b_hh + (Cell::kGates + k) * args_.hidden_size + unit, left);
+
+    cell_backward(cell_, params, dparams, kept, prev, next, dstate, dgx, dgh);
+
+    RNNFAST_UNROLL
+    for (int k = 0; k < kParameters; ++k)
+      store_units(s_.dp + chunk_row * s_.parameter_row + k * args_.hidden_size + unit, dparams[k],
+                  left);
 
     RNNFAST_UNROLL
     for (int g = 0; g < Cell::kGates; ++g) {

@@ -414,7 +414,12 @@ class ForwardPass {
     for (int k = 1; k < Cell::kStates; ++k)
       state[k] = take(inner_state(k, b) + unit, args_.hidden_size, left);
 
-    cell_.forward(gates_x, gates_h, state, kept);
+    W params[at_least_one<kParametersOf<Cell>>] = {};
+    RNNFAST_UNROLL
+    for (int k = 0; k < kParametersOf<Cell>; ++k)
+      if (args_.b_hh) params[k] = parameter<W, kSide>(k, unit, left);
+
+    cell_forward(cell_, params, gates_x, gates_h, state, kept);
 
     RNNFAST_UNROLL
     for (int k = 1; k < Cell::kStates; ++k)
@@ -444,6 +449,19 @@ class ForwardPass {
         store_narrow_part(args_.h_n + (b + r) * args_.output_size + unit + i * kLanes,
                           part[r * kSide + i], left);
     }
+  }
+
+  // The k-th parameter of the units of a vector, or of a pair: the same ones for two rows.
+  template <class W, int kSide>
+  RNNFAST_HD W parameter(int k, int64_t unit, int64_t left) const {
+    const tensor_t* from = args_.b_hh + (Cell::kGates + k) * args_.hidden_size + unit;
+    V part[sizeof(W) / sizeof(V)];
+    RNNFAST_UNROLL
+    for (int i = 0; i < static_cast<int>(sizeof(W) / sizeof(V)); ++i)
+      part[i] = load_wide_part(from + (kSide == 2 ? i * kLanes : 0), left);
+    W values;
+    __builtin_memcpy(&values, part, sizeof(values));
+    return values;
   }
 
   acc_t* inner_state(int k, int64_t b) const {

@@ -82,13 +82,16 @@ class GradientPass {
     }
     add_product(part_of(args_.output_size, worker_.index, worker_.count), s_.dh_steps,
                 args_.output_size, m);
-    if (args_.db_ih) sum_rows(gates, rows, first, s_.dgx, args_.db_ih);
+    if (args_.db_ih) sum_rows(gates, rows, first, s_.dgx, s_.gate_row, args_.db_ih);
     if (args_.db_hh && (Cell::kSplitGates || !args_.db_ih)) {
-      sum_rows(gates, rows, first, s_.dgh, args_.db_hh);
+      sum_rows(gates, rows, first, s_.dgh, s_.gate_row, args_.db_hh);
     } else if (args_.db_hh) {
       // the same sums
       for (int64_t m = gates.begin; m < gates.end; ++m) args_.db_hh[m] = args_.db_ih[m];
     }
+    if (kParametersOf<Cell> > 0 && args_.db_hh)
+      sum_rows(part_of(kParametersOf<Cell> * args_.hidden_size, worker_.index, worker_.count), rows,
+               first, s_.dp, s_.parameter_row, args_.db_hh + Cell::kGates * args_.hidden_size);
   }
 
  private:
@@ -169,11 +172,12 @@ class GradientPass {
     }
   }
 
-  void sum_rows(Range range, int64_t rows, bool first, const scalar_t* from, scalar_t* out) {
+  void sum_rows(Range range, int64_t rows, bool first, const scalar_t* from, int64_t row,
+                scalar_t* out) {
     // Rows are padded to a vector more than they hold, so that whole vectors may be read.
     sum_columns(
-        range, rows, first,
-        [&](int64_t k, int64_t m, int64_t) { return load(from + k * s_.gate_row + m); }, out);
+        range, rows, first, [&](int64_t k, int64_t m, int64_t) { return load(from + k * row + m); },
+        out);
   }
 
   // du = sum of dgh * h_prev.

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "kernel_of.h"
+#include "run_widened.h"
 
 namespace rnnfast {
 namespace {
@@ -38,9 +39,12 @@ Header header_of(Isa isa, int cell, const LayerArgs<scalar_t>& args, WeightForma
 
 template <class scalar_t>
 int64_t bytes_of(Isa isa, int cell, const LayerArgs<scalar_t>& args, WeightFormat format) {
-  return sizeof(Header) + forward_kernels(isa, cell, format, scalar_t{})
-                              .packed_bytes(args.input_size, args.hidden_size, args.output_size,
-                                            args.w_hr != nullptr);
+  const auto bytes = [&](const auto& kernels) {
+    return sizeof(Header) + kernels.packed_bytes(args.input_size, args.hidden_size,
+                                                 args.output_size, args.w_hr != nullptr);
+  };
+  if (is_widened<scalar_t>(cell)) return bytes(forward_kernels(isa, cell, format, float{}));
+  return bytes(forward_kernels(isa, cell, format, scalar_t{}));
 }
 
 }  // namespace
@@ -55,6 +59,9 @@ void pack_weights(Isa isa, int cell, const LayerArgs<scalar_t>& args, char* pack
   const WeightFormat format = packed_format<scalar_t>(isa, cell);
   const Header header = header_of(isa, cell, args, format);
   std::memcpy(packed, &header, sizeof(header));
+  if constexpr (kIsHalf<scalar_t>)
+    if (is_widened<scalar_t>(cell))
+      return pack_weights_widened(isa, cell, args, packed + sizeof(header));
   forward_kernels(isa, cell, format, scalar_t{}).pack(args, packed + sizeof(header));
 }
 

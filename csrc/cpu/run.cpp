@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernel_of.h"
+#include "run_widened.h"
 
 namespace rnnfast {
 namespace {
@@ -193,6 +194,8 @@ const LastRun& last_run() { return last_run_value; }
 template <class scalar_t>
 void run_forward(Isa isa, int cell, ForwardArgs<scalar_t>& args, WeightFormat format,
                  const Threads& threads) {
+  if constexpr (kIsHalf<scalar_t>)
+    if (is_widened<scalar_t>(cell)) return run_forward_widened(isa, cell, args, threads);
   run_planned(
       plan_forward(isa, cell, args, format, choose_for(shape_of(cell, args), threads.count)),
       threads);
@@ -207,6 +210,10 @@ void run_backward(Isa isa, int cell, const BackwardArgs<scalar_t>& args, const T
 template <class scalar_t>
 void run_forward_group(Isa isa, int cell, ForwardArgs<scalar_t>* args, const WeightFormat* formats,
                        int count, bool chained, const Threads& threads) {
+  if (is_widened<scalar_t>(cell)) {
+    for (int i = 0; i < count; ++i) run_forward(isa, cell, args[i], formats[i], threads);
+    return;
+  }
   run_group(
       args, count, chained, choose_for_all(cell, args, count, chained, false, threads), threads,
       [&](int i, const Choice& each) { return plan_forward(isa, cell, args[i], formats[i], each); },

@@ -32,6 +32,7 @@ class BackwardPass {
       dgh_ = dgx_;
     else
       dgh_ = args.dgh ? args.dgh : arena.take<scalar_t>(N * gate_rows_);
+    dp_ = arena.take<scalar_t>(N * kParametersOf<Cell> * H);
     dh_ = arena.take<acc_t>(B * P);
     dc_ = arena.take<acc_t>((Cell::kStates - 1) * B * H);
     h_entered_ = keeps_h_ ? arena.take<scalar_t>(N * P) : nullptr;
@@ -41,7 +42,8 @@ class BackwardPass {
       if (args.dw_hr) m_ = arena.take<scalar_t>(N * H);
     }
     slice_ = std::max<int64_t>(64, (N + kMostSlices - 1) / kMostSlices);
-    parts_ = arena.take<acc_t>((N + slice_ - 1) / slice_ * gate_rows_);
+    parts_ = arena.take<acc_t>((N + slice_ - 1) / slice_ *
+                               std::max(gate_rows_, kParametersOf<Cell> * H));
   }
 
   const Schedule& schedule() const { return schedule_; }
@@ -96,6 +98,8 @@ class BackwardPass {
     p.saved_before = args_.saved + row_before * planes_ * H;
     p.c0 = args_.c0;
     p.u = args_.w_hh;
+    if (kParametersOf<Cell> > 0 && args_.b_hh) p.parameters = args_.b_hh + gate_rows_;
+    p.dp = dp_ + rows.first_row * kParametersOf<Cell> * H;
     p.dgx = dgx_ + rows.first_row * gate_rows_;
     p.dgh = dgh_ + rows.first_row * gate_rows_;
     p.h_entered = keeps_h_ && !args_.w_hr ? h_entered_ + rows.first_row * P : nullptr;
@@ -136,7 +140,7 @@ class BackwardPass {
         h = args_.y + (args_.reverse ? args_.batch * P : 0);
       }
       if (!kDense)
-        sum_columns(stage, pairs, dgh, h, args_.dw_hh, nullptr);
+        sum_columns(stage, pairs, gate_rows_, dgh, h, args_.dw_hh, nullptr);
       else
         stage.columns_by_columns(gate_rows_, P, pairs, dgh, h, P, args_.dw_hh);
     }
@@ -147,12 +151,15 @@ class BackwardPass {
       stage.columns_by_columns(P, H, N, dm_, m_, H, args_.dw_hr);
     }
     if (Cell::kSplitGates) {
-      if (args_.db_ih) sum_columns(stage, N, dgx_, nullptr, args_.db_ih, nullptr);
-      if (args_.db_hh) sum_columns(stage, N, dgh_, nullptr, args_.db_hh, nullptr);
+      if (args_.db_ih) sum_columns(stage, N, gate_rows_, dgx_, nullptr, args_.db_ih, nullptr);
+      if (args_.db_hh) sum_columns(stage, N, gate_rows_, dgh_, nullptr, args_.db_hh, nullptr);
     } else if (args_.db_ih || args_.db_hh) {
-      sum_columns(stage, N, dgx_, nullptr, args_.db_ih ? args_.db_ih : args_.db_hh,
+      sum_columns(stage, N, gate_rows_, dgx_, nullptr, args_.db_ih ? args_.db_ih : args_.db_hh,
                   args_.db_ih ? args_.db_hh : nullptr);
     }
+    if (kParametersOf<Cell> > 0 && args_.db_hh)
+      sum_columns(stage, N, kParametersOf<Cell> * H, dp_, nullptr, args_.db_hh + gate_rows_,
+                  nullptr);
   }
 
  private:
@@ -242,11 +249,11 @@ class BackwardPass {
       copy(dc_ + s * plane, args_.dc0 + s * plane, H);
   }
 
-  void sum_columns(Stage& stage, int64_t rows, const scalar_t* a, const scalar_t* b, scalar_t* to,
-                   scalar_t* also_to) {
-    const SumRows<scalar_t> p{rows, gate_rows_, slice_, a, b, parts_, to, also_to};
-    stage.launch("sum_slices", sum_slices<scalar_t>, p, (rows + slice_ - 1) / slice_, gate_rows_);
-    stage.launch("sum_parts", sum_parts<scalar_t>, p, 1, gate_rows_);
+  void sum_columns(Stage& stage, int64_t rows, int64_t columns, const scalar_t* a,
+                   const scalar_t* b, scalar_t* to, scalar_t* also_to) {
+    const SumRows<scalar_t> p{rows, columns, slice_, a, b, parts_, to, also_to};
+    stage.launch("sum_slices", sum_slices<scalar_t>, p, (rows + slice_ - 1) / slice_, columns);
+    stage.launch("sum_parts", sum_parts<scalar_t>, p, 1, columns);
   }
 
   Args args_;
@@ -254,7 +261,7 @@ class BackwardPass {
   OnchipRun onchip_;
   int64_t gate_rows_, planes_, slice_;
   bool plain_, keeps_h_;  // whether h as it entered is y of the step before; whether it is kept
-  scalar_t *dgx_, *dgh_, *h_entered_, *dm_ = nullptr, *m_ = nullptr;
+  scalar_t *dgx_, *dgh_, *dp_, *h_entered_, *dm_ = nullptr, *m_ = nullptr;
   acc_t *dh_, *dc_, *dh_whole_ = nullptr, *parts_;
 };
 

@@ -33,7 +33,9 @@ struct BackwardSteps {
   int64_t planes;
   const scalar_t *h0, *c0;
   const scalar_t* u;
-  scalar_t *dgx, *dgh;  // (rows, G*H); the same where the cell keeps one
+  const scalar_t* parameters;  // (parameters, H), or null
+  scalar_t* dp;                // (rows, parameters*H), of a cell with parameters
+  scalar_t *dgx, *dgh;         // (rows, G*H); the same where the cell keeps one
   // (rows, H) of h as it entered, where the weights' gradients can't take it from y; or null.
   scalar_t* h_entered;
 };
@@ -50,6 +52,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
   wait_for_launch_before();
   if (unit >= H) return;
   const acc_t u = kDiagonal ? widen(p.u[unit]) : acc_t{};
+  constexpr int kParameters = kParametersOf<Cell>;
+  acc_t params[at_least_one<kParameters>] = {};
+  RNNFAST_UNROLL
+  for (int k = 0; k < kParameters; ++k)
+    if (p.parameters) params[k] = widen(p.parameters[k * H + unit]);
 
   for (int64_t row = first_row(); row < p.rows; row += row_stride()) {
     // What comes from the step after; a row that started anew there sends nothing back.
@@ -108,8 +115,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
           prev[s] = widen(p.c0[(s - 1) * p.carry_plane + row * H + unit]);
       }
 
-      acc_t dgx[G], dgh[G];
-      make_cell<Cell>(p.options).backward(saved, prev, next, dstate, dgx, dgh);
+      acc_t dgx[G], dgh[G], dparams[at_least_one<kParameters>] = {};
+      cell_backward(make_cell<Cell>(p.options), params, dparams, saved, prev, next, dstate, dgx,
+                    dgh);
+      RNNFAST_UNROLL
+      for (int k = 0; k < kParameters; ++k)
+        narrow(dparams[k], p.dp[(at * kParameters + k) * H + unit]);
 
       scalar_t* const to_gx = p.dgx + at * G * H + unit;
       RNNFAST_UNROLL

@@ -27,13 +27,13 @@ struct ForwardSteps {
   const acc_t* gh;      // (rows, G*H) of the product, of rows that have one
   int64_t products;     // rows [0, products) have one; of the others it is zero
   const scalar_t* u;    // (H) of a diagonal recurrence
-  const scalar_t *b_ih, *b_hh;
-  const scalar_t *h0, *c0;   // (B, H), (S-1, B, H); null: zeros
-  const scalar_t* h_before;  // (carried, H) of the step before
-  const uint8_t* reset;      // (rows)
-  acc_t* carry;              // (S-1, B, H), then h in full precision where it is kept
-  scalar_t *y, *h_n, *c_n;   // y: (rows, H), or (rows, H) of h before the projection
-  acc_t* saved;              // (rows, planes, H), or null
+  const scalar_t *b_ih, *b_hh;  // b_hh: then a cell's parameters
+  const scalar_t *h0, *c0;      // (B, H), (S-1, B, H); null: zeros
+  const scalar_t* h_before;     // (carried, H) of the step before
+  const uint8_t* reset;         // (rows)
+  acc_t* carry;                 // (S-1, B, H), then h in full precision where it is kept
+  scalar_t *y, *h_n, *c_n;      // y: (rows, H), or (rows, H) of h before the projection
+  acc_t* saved;                 // (rows, planes, H), or null
   int64_t planes;
   bool projected;  // y holds h before the projection, and saved has it, too
 };
@@ -50,7 +50,7 @@ struct ForwardUnit {
 
   const ForwardSteps<scalar_t>& p;
   int64_t row, unit;
-  acc_t b_ih[G], b_hh[G], u, state[S];
+  acc_t b_ih[G], b_hh[G], p_hh[at_least_one<kParametersOf<Cell>>] = {}, u, state[S];
 
   __device__ ForwardUnit(const ForwardSteps<scalar_t>& steps, int64_t column)
       : p(steps), row(0), unit(column), u(kDiagonal ? widen(p.u[unit]) : acc_t{}) {
@@ -59,6 +59,9 @@ struct ForwardUnit {
       b_ih[g] = p.b_ih ? widen(p.b_ih[g * p.hidden + unit]) : acc_t{};
       b_hh[g] = p.b_hh ? widen(p.b_hh[g * p.hidden + unit]) : acc_t{};
     }
+    RNNFAST_UNROLL
+    for (int k = 0; k < kParametersOf<Cell>; ++k)
+      if (p.b_hh) p_hh[k] = widen(p.b_hh[(G + k) * p.hidden + unit]);
   }
 
   __device__ void load_gx(int64_t step, acc_t (&gx)[G]) const {
@@ -105,7 +108,7 @@ struct ForwardUnit {
         gh[g] = row < p.products && !anew ? p.gh[(row * G + g) * H + unit] + b_hh[g] : b_hh[g];
     }
     acc_t saved[at_least_one<K>] = {};
-    make_cell<Cell>(p.options).forward(gx, gh, state, saved);
+    cell_forward(make_cell<Cell>(p.options), p_hh, gx, gh, state, saved);
 
     narrow(state[0], p.y[at * H + unit]);
     if (!p.saved) return;
