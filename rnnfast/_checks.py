@@ -56,10 +56,14 @@ def check_lengths_kind(lengths: Any, input: Any) -> None:
         )
 
 
+def check_bool(name: str, option: str, value: Any) -> None:
+    if value is not True and value is not False:
+        found = type(value).__name__
+        raise TypeError(f"rnnfast: {option} of {name} must be a bool, got {found}")
+
+
 def check_recompute(name: str, recompute: Any) -> None:
-    if recompute is not True and recompute is not False:
-        found = type(recompute).__name__
-        raise TypeError(f"rnnfast: recompute of {name} must be a bool, got {found}")
+    check_bool(name, "recompute", recompute)
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:

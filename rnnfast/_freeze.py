@@ -86,12 +86,12 @@ class Frozen:
             f"rnnfast: {names[0]} was {what} since freeze(); call freeze() again, or unfreeze()"
         )
 
-    def step_plan(self, bias: bool) -> StepPlan:
+    def step_plan(self) -> StepPlan:
         """How a step of the layer, which has one direction, runs without operators."""
         plan = self._plan
         if plan is None:
             memory = [w.detach() for w in self.arguments]
-            plan = self._plan = StepPlan(self._spec, memory, self._packed, bias)
+            plan = self._plan = StepPlan(self._spec, memory, self._packed)
         return plan
 
     def bytes(self, index: int) -> int:

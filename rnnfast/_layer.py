@@ -39,12 +39,15 @@ def spec_of(layer: nn.Module) -> CellSpec:
     return getattr(layer, "_chosen_cell", None) or SPECS[layer.mode]  # type: ignore[index]
 
 
+_TEXTS = {"peephole_lstm": ", peephole=True"}
+
+
 def text_of_cell(layer: nn.Module) -> str:
     """What was chosen, as the constructor takes it."""
     spec: Any = layer._chosen_cell
     if spec is None:
         return ""
-    plain, text = CellSpec("", 0, 0, 0, 0), ""
+    plain, text = CellSpec("", 0, 0, 0, 0), _TEXTS.get(spec.name, "")
     if spec.activation != plain.activation:
         text += f", activation={spec.activation}"
     if spec.gate_activation != plain.gate_activation and spec.gates > 1:
@@ -146,7 +149,7 @@ class Layer(nn.RNNBase):
         if frozen is None:
             return None
         frozen.packed(self._parameters)  # or an error: other weights
-        return frozen.step_plan(self.bias)
+        return frozen.step_plan()
 
     def forward(
         self, input: Any, hx: Any = None, reset: Any = None, lengths: Any = None, mask: Any = None

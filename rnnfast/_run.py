@@ -378,7 +378,8 @@ def of_module(
     weights, packed = module._current()
     return layer(
         name, spec, input, hx, reset, weights, module.input_size, module.hidden_size,
-        module.proj_size, module.num_layers, module.bias, module.batch_first,
+        module.proj_size, module.num_layers, module.bias or spec.parameters > 0,
+        module.batch_first,
         module.dropout if module.training else 0.0, module.bidirectional, packed, lengths,
         getattr(module, "recompute", False), mask, _regularize.of_module(name, module),
     )  # fmt: skip

@@ -74,7 +74,7 @@ def _short_way(
             if type(reset) is not Tensor:
                 return None
             reset = reset.unsqueeze(0)
-        b_ih, b_hh = weights[2:4] if layer.bias else (None, None)
+        b_ih, b_hh = weights[2:4] if len(weights) >= 4 else (None, None)
         args = (
             input.unsqueeze(0) if batched else input.view(1, 1, -1), h, c, weights[0], weights[1],
             b_ih, b_hh, weights[-1] if len(weights) % 2 else None, None, reset,

@@ -60,6 +60,10 @@ def _is_plain(tensor: Any, dtype: torch.dtype, shape: torch.Size) -> bool:
     )
 
 
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 class StepPlan:
     """The addresses and sizes of a layer's packed weights (``weights`` of all layers, one
     direction). It keeps their memory; whether they still are the layer's, the caller knows."""
@@ -69,7 +73,6 @@ class StepPlan:
         spec: CellSpec,
         weights: Sequence[Tensor],
         packed: Sequence[Tensor],
-        bias: bool,
     ) -> None:
         self._plan = None
         # other threads may drop what the layer holds while a step of this one runs
@@ -83,15 +86,22 @@ class StepPlan:
             layer.input_size, layer.hidden_size = w[0].size(1), w[0].size(0) // spec.gates
             layer.output_size = w[-1].size(0) if each % 2 else layer.hidden_size
             layer.w_hh = w[1].data_ptr()
-            layer.b_ih, layer.b_hh = (w[2].data_ptr(), w[3].data_ptr()) if bias else (None, None)
+            b_ih, b_hh = w[2:4] if each >= 4 else (None, None)
+            layer.b_ih, layer.b_hh = _address(b_ih), _address(b_hh)
             layer.w_hr = w[-1].data_ptr() if each % 2 else None
-            read = [*(w[2:4] if bias else ()), *(w[1:2] if spec.diagonal else ())]
+            H = layer.hidden_size
+            read = [(b_ih, spec.gates * H), (b_hh, (spec.gates + spec.parameters) * H)]
+            if spec.diagonal:
+                read.append((w[1], H))
             fits = fits and all(
-                t.is_cpu
-                and t.is_contiguous()
-                and t.dtype == w[0].dtype
-                and t.numel() == (w[0].size(0) if t is not w[1] else layer.hidden_size)
-                for t in read
+                t is None
+                or (
+                    t.is_cpu
+                    and t.is_contiguous()
+                    and t.dtype == w[0].dtype
+                    and t.numel() == numbers
+                )
+                for t, numbers in read
             )
             first = layers[0]
             fits = fits and layer.hidden_size == first.hidden_size

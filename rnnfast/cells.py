@@ -35,7 +35,7 @@ class CellSpec:
         split_gates: whether the gradients of a gate's input and hidden side differ
         parameters: numbers ``K`` that each unit has besides weights and biases; they stand behind
             the bias in ``b_hh``, of shape ``((G+K)*H,)``
-        options: whether a call may choose activations (``name`` then ends with ``_any``)
+        options: whether a call may choose activations
         activation, gate_activation: those of the state and of the gates
         clip: bound of the LSTM's ``c``, 0 for none
     """
@@ -80,6 +80,7 @@ CELLS: tuple[CellSpec, ...] = (
     CellSpec(
         "indrnn_any", 16, gates=1, states=1, saved=1, diagonal=True, dense=False, options=True
     ),
+    CellSpec("peephole_lstm", 17, gates=4, states=2, saved=4, parameters=3, options=True),
 )
 
 _BY_NAME = {spec.name: spec for spec in CELLS}
@@ -146,7 +147,7 @@ def chosen_cell(
 
     Args:
         who: the layer's name, for errors
-        kind: ``lstm``, ``gru``, ``rnn`` or ``indrnn``
+        kind: ``lstm``, ``peephole_lstm``, ``gru``, ``rnn`` or ``indrnn``
         activation, gate_activation: names of :data:`ACTIVATIONS`
         cell_clip: bound of the LSTM's ``c``, or ``None``
 
@@ -175,4 +176,5 @@ def chosen_cell(
         return _BY_NAME[fixed]
     if (activation, gate_activation, cell_clip) == ("tanh", "sigmoid", None):
         return _BY_NAME[fixed]
-    return _of_code(_BY_NAME[f"{kind}_any"].id | code)
+    any_of = f"{kind}_any"
+    return _of_code(_BY_NAME[any_of if any_of in _BY_NAME else kind].id | code)

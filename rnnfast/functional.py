@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _regularize, _run
+from . import _parameters, _regularize, _run
 from ._cell_functions import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 from ._checks import check_dense
 from ._signatures import Input as Form
 from ._signatures import States
 from .cells import CellSpec, cell_spec, chosen_cell
+from .lstm import kind_of
 from .scan import linear_scan
 from .scan_functional import min_gru, min_lstm, qrnn
 
@@ -129,11 +130,11 @@ def _layer(
         name, training, weight_dropout, input_dropout, residual, return_last
     )
     count = num_layers * (2 if bidirectional else 1)
-    each = 4 if bias else 2
+    each = (4 if bias else 2) + (spec.parameters > 0)
     if not isinstance(weights, Iterable):
         raise TypeError(f"rnnfast: weights must be a list of tensors, got {type(weights).__name__}")
     weights = list(weights)
-    has_proj = spec.name.startswith("lstm")
+    has_proj = spec.states == 2
     proj = has_proj and len(weights) == count * (each + 1)
     if len(weights) != count * (each + proj):
         raise RuntimeError(
@@ -146,11 +147,13 @@ def _layer(
             raise TypeError(f"rnnfast: weights[{k}] must be a tensor, got {type(w).__name__}")
         if w.layout is not torch.strided:
             check_dense(w, f"weights[{k}]")
-    w_ih, w_hr = weights[0], weights[each] if proj else None
+    w_ih, w_hr = weights[0], weights[4 if bias else 2] if proj else None
     if w_ih.dim() != 2:
         raise RuntimeError(f"rnnfast: w_ih must have shape (G*H, I), got {tuple(w_ih.shape)}")
     if w_hr is not None and w_hr.dim() != 2:
         raise RuntimeError(f"rnnfast: w_hr must have shape (P, H), got {tuple(w_hr.shape)}")
+    if spec.parameters:
+        weights, bias = _parameters.merge(weights, count, bias), True
     return _run.layer(
         name,
         spec,
@@ -195,10 +198,12 @@ def lstm(
     activation: str = "tanh",
     gate_activation: str = "sigmoid",
     cell_clip: float | None = None,
+    peephole: bool = False,
 ) -> tuple[Form, States]:
     if isinstance(hx, (tuple, list)) and len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
-    spec = chosen_cell("lstm", "lstm", activation, gate_activation, cell_clip)
+    kind = kind_of("lstm", peephole)
+    spec = chosen_cell("lstm", kind, activation, gate_activation, cell_clip)
     return _layer(
         "LSTM", spec, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
         training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
@@ -406,7 +411,11 @@ _RESIDUAL = "\n        residual: as :class:`rnnfast.IndRNN` has it"
 _ONE_ACTIVATION = "\n        activation: one of :data:`rnnfast.ACTIVATIONS`"
 _TWO_ACTIVATIONS = "\n        activation, gate_activation: two of :data:`rnnfast.ACTIVATIONS`"
 _ACTIVATION = {
-    "lstm": _TWO_ACTIVATIONS + "\n        cell_clip: bound of c, or ``None``",
+    "lstm": _TWO_ACTIVATIONS
+    + """
+        cell_clip: bound of c, or ``None``
+        peephole: the gates see c; ``weights`` has p_i, p_f, p_o, one tensor ``(3H,)``, behind the
+            others of each layer and direction""",
     "gru": _TWO_ACTIVATIONS,
     "rnn": _ONE_ACTIVATION,
     "indrnn": _ONE_ACTIVATION,

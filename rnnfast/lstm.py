@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import _parameters
+from ._checks import check_bool
 from ._signatures import Device, LSTMCalls
 
 __all__ = ["LSTM"]
@@ -26,6 +29,12 @@ def _check_forget_bias(forget_bias: Any, bias: bool) -> None:
             "rnnfast: forget_bias is what the forget gate's bias starts from, and bias=False has "
             f"none; got forget_bias={forget_bias}"
         )
+
+
+def kind_of(who: str, peephole: Any) -> str:
+    """The LSTM of these options, as :func:`rnnfast.cells.chosen_cell` calls it."""
+    check_bool(who, "peephole", peephole)
+    return "peephole_lstm" if peephole else "lstm"
 
 
 class LSTM(LSTMCalls):
@@ -69,6 +78,9 @@ class LSTM(LSTMCalls):
         activation, gate_activation: of the candidate and the cell state (tanh above), and of the
             gates (sigmoid): one of :data:`rnnfast.ACTIVATIONS`, with torch's definitions and
             default parameters; attributes to be read, too
+        peephole: the gates see :math:`c`, i and f that of the step before, o the new one (Gers &
+            Schmidhuber 2000): :math:`p_i \odot c_{t-1}`, :math:`p_f \odot c_{t-1}` and
+            :math:`p_o \odot c_t` are added before their :math:`\sigma`
         cell_clip: bound of :math:`c_t`, which is clamped to [-cell_clip, cell_clip] before it goes
             into :math:`h_t` and on (Sak et al. 2014); ``None`` for none
 
@@ -96,6 +108,7 @@ class LSTM(LSTMCalls):
         weight_hh_l[k]: :math:`(4H, P)`
         bias_ih_l[k], bias_hh_l[k]: :math:`(4H)`
         weight_hr_l[k]: :math:`(P, H)`, with ``proj_size`` only
+        weight_ph_l[k]: :math:`(3H)`, with ``peephole`` only: :math:`p_i, p_f, p_o`
 
         With the suffix ``_reverse`` for the second direction.
 
@@ -115,6 +128,7 @@ class LSTM(LSTMCalls):
     """
 
     forget_bias: float | None = None
+    peephole: bool = False
 
     def __init__(
         self,
@@ -137,9 +151,11 @@ class LSTM(LSTMCalls):
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
         cell_clip: float | None = None,
+        peephole: bool = False,
     ) -> None:
         _check_forget_bias(forget_bias, bias)
-        self._choose("lstm", activation, gate_activation, cell_clip)
+        kind = kind_of("LSTM", peephole)
+        self._choose(kind, activation, gate_activation, cell_clip)
         # for who reads them; what is called was chosen above
         self.activation, self.gate_activation = activation, gate_activation
         self.cell_clip = cell_clip
@@ -149,7 +165,25 @@ class LSTM(LSTMCalls):
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, proj_size, device, dtype,
         )  # fmt: skip
+        if peephole:
+            self._add_peepholes(device, dtype)
         self._set_options(recompute, weight_dropout, input_dropout, False, return_last)
+
+    def _add_peepholes(self, device: Device, dtype: torch.dtype | None) -> None:
+        self.peephole = True
+        for names in self._all_weights:
+            name = names[0].replace("weight_ih", "weight_ph")
+            p = torch.empty(3 * self.hidden_size, device=device, dtype=dtype)
+            bound = 1.0 / math.sqrt(self.hidden_size)  # as all of torch.nn's weights
+            setattr(self, name, nn.Parameter(nn.init.uniform_(p, -bound, bound)))
+            names.append(name)
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+
+    def _complete(self, weights: Sequence[Any]) -> Sequence[Any]:
+        if not self.peephole:
+            return weights
+        return _parameters.merge(weights, len(self._all_weights), self.bias)
 
     def reset_parameters(self) -> None:
         """Draw the initial weights anew."""

@@ -48,7 +48,7 @@ class Quantized(nn.Module):
         self._spec = spec_of(layer)
         if self._spec.options:
             raise RuntimeError(
-                "rnnfast: quantize has no kernels for chosen activations or a cell_clip, got "
+                "rnnfast: quantize has no kernels for the cell of "
                 f"{type(layer).__name__}({text_of_cell(layer).removeprefix(', ')}); exclude it"
             )
         self.mode: str = source.mode
@@ -173,7 +173,7 @@ class Quantized(nn.Module):
         weights, packed = self._current()
         assert packed is not None
         if self._plan is None or self._planned_for is not packed:
-            self._plan = StepPlan(self._spec, weights, packed, self.bias)
+            self._plan = StepPlan(self._spec, weights, packed)
             self._planned_for = packed
         return self._plan
 

@@ -47,6 +47,13 @@ def cell_step(
         if spec.clip:
             c = c.clamp(-spec.clip, spec.clip)
         return gate(o) * act(c), c
+    if spec.name == "peephole_lstm":
+        # Gers & Schmidhuber 2000
+        i, f, g, o = (gx + gh).chunk(4, -1)
+        c = gate(f + p[1] * state[1]) * state[1] + gate(i + p[0] * state[1]) * act(g)
+        if spec.clip:
+            c = c.clamp(-spec.clip, spec.clip)
+        return gate(o + p[2] * c) * act(c), c
     if spec.name in ("gru", "gru_any"):
         # Cho et al. 2014, with the reset after the product, as cuDNN and torch.nn have it
         x_r, x_z, x_n = gx.chunk(3, -1)

@@ -21,7 +21,7 @@ from .scan_functional import CANDIDATES, POOLINGS, check_candidate, check_poolin
 __all__ = ["QRNN", "MinGRU", "MinLSTM"]
 
 
-class _ScanLayer(Layer):
+class ScanLayer(Layer):
     """One weight and one bias a pass: there is no hidden side."""
 
     def _make(
@@ -45,12 +45,15 @@ class _ScanLayer(Layer):
         self._init_flat_weights()
         self.reset_parameters()
 
-    def _complete(self, weights: Sequence[Any]) -> Sequence[Any]:
+    def _refuse_weight_dropout(self) -> None:
         if self.__dict__.get("weight_dropout"):
             raise RuntimeError(
                 "rnnfast: weight_dropout is for layers with a w_hh, which "
                 f"{type(self).__name__} has not; it must be 0, got {self.weight_dropout!r}"
             )
+
+    def _complete(self, weights: Sequence[Any]) -> Sequence[Any]:
+        self._refuse_weight_dropout()
         return complete(weights, self.bias)
 
     def reset_parameters(self) -> None:
@@ -63,7 +66,7 @@ class _ScanLayer(Layer):
                 nn.init.uniform_(getattr(self, name), -bound, bound)
 
 
-class MinGRU(_ScanLayer, OneStateCalls):
+class MinGRU(ScanLayer, OneStateCalls):
     r"""MinGRU: a GRU whose gates see the input alone.
 
     .. math::
@@ -148,7 +151,7 @@ class MinGRU(_ScanLayer, OneStateCalls):
         self._set_options(recompute, 0.0, 0.0, False, False)
 
 
-class MinLSTM(_ScanLayer, OneStateCalls):
+class MinLSTM(ScanLayer, OneStateCalls):
     r"""MinLSTM: an LSTM of one state whose gates see the input alone and add up to one.
 
     .. math::
@@ -226,7 +229,7 @@ class MinLSTM(_ScanLayer, OneStateCalls):
         self._set_options(recompute, 0.0, 0.0, False, False)
 
 
-class QRNN(_ScanLayer):
+class QRNN(ScanLayer):
     r"""Quasi-recurrent network: a convolution over time, then a gated pooling.
 
     .. math::

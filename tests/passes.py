@@ -53,7 +53,7 @@ def passes_of(
                 if spec.dense
                 else numbers(hidden * spec.diagonal),
                 "b_ih": numbers(gates) if bias else None,
-                "b_hh": numbers(gates) if bias else None,
+                "b_hh": numbers(gates + spec.parameters * hidden) if bias else None,
                 "w_hr": numbers(out, hidden) if proj else None,
                 "reset": (mask if packed else mask.view(steps, batch)) if reset else None,
             }

@@ -391,7 +391,7 @@ def test_errors_of_the_operator() -> None:
     for code, text in (
         (0 | 3 << 16, "cell lstm takes no options, got some"),
         (13 | 14 << 8, r"an activation must be a number in \[0, 13\], got 14"),
-        (13 | 1 << 24, r"cell must be an id in \[0, 17\) and its options"),
+        (13 | 1 << 24, rf"cell must be an id in \[0, {len(CELLS)}\) and its options"),
         (13 | 0x7F800000 << 32, "the bound of c must be positive and finite"),
         (15 | 3 << 8, "cell rnn_any has no gates"),
         (14 | 0x3F800000 << 32, "cell gru_any has no c"),

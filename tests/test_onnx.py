@@ -28,9 +28,9 @@ NAMES = [
     *(f"test_simple_rnn_{s}" for s in ("defaults", "with_initial_bias", "batchwise", "reverse")),
     "test_simple_rnn_bidirectional",
     "test_rnn_seq_length",
+    "test_lstm_with_peepholes",
 ]
 CANNOT = {
-    "test_lstm_with_peepholes": "peephole connections are not an option of the layer yet",
     "test_gru_seq_length": "needs the reset before the product (linear_before_reset=0)",
 }
 
@@ -84,17 +84,25 @@ def test_onnx_vector(name: str, engine: str) -> None:
         weights += [to_torch_order(op, inputs["W"][d]), to_torch_order(op, inputs["R"][d])]
         if "B" in inputs:
             weights += [to_torch_order(op, half) for half in np.split(inputs["B"][d], 2)]
+        if "P" in inputs:  # i o f
+            p = torch.from_numpy(inputs["P"][d].copy()).chunk(3)
+            weights.append(torch.cat([p[0], p[2], p[1]]))
     x = torch.from_numpy(inputs["X"].copy())
     x = x.flip(1 if batch_first else 0) if way == "reverse" else x
     function = getattr(rnnfast.functional, "rnn_tanh" if op == "RNN" else op.lower())
+    with_lengths = "sequence_lens" in inputs
+    options = {"peephole": True} if "P" in inputs else {}
+    hx = [torch.from_numpy(inputs[k].copy()) for k in ("initial_h", "initial_c") if k in inputs]
     with rnnfast.use_engine(engine):
         y, state = function(
             x,
-            None,
+            None if not hx else hx[0] if op != "LSTM" else tuple(hx),
             weights,
             bias="B" in inputs,
             batch_first=batch_first,
             bidirectional=way == "bidirectional",
+            lengths=torch.from_numpy(inputs["sequence_lens"].copy()) if with_lengths else None,
+            **options,
         )
     h_n, c_n = state if op == "LSTM" else (state, None)
     if way == "reverse":

@@ -31,6 +31,7 @@ CELLS = {
     "gru_any": "GruCellOf<ChosenActivations>",
     "rnn_any": "RnnAnyCellOf<dense>",
     "indrnn_any": "RnnAnyCellOf<diagonal>",
+    "peephole_lstm": "PeepholeLstmCell",
 }
 DTYPES = ("float", "double", "Float16", "BFloat16")
 # What csrc/core/onchip_tiles.h lists, and the cells and dtypes that a tile serves.

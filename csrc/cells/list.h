@@ -12,6 +12,7 @@
 #include "indrnn.h"
 #include "lstm.h"
 #include "min_lstm.h"
+#include "peephole_lstm.h"
 #include "qrnn.h"
 #include "rnn.h"
 
@@ -39,5 +40,6 @@
   use(16, indrnn_any, IndRnnAnyCell)
 
 #define RNNFAST_CELLS(use)                     \
-  RNNFAST_CELLS_OF_ALL_TYPES(use)
+  RNNFAST_CELLS_OF_ALL_TYPES(use)              \
+  use(17, peephole_lstm, PeepholeLstmCell)
 // clang-format on
