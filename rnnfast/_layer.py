@@ -31,6 +31,7 @@ SPECS: dict[str, CellSpec] = {
     "QRNN_F": cell_spec("qrnn_f"),
     "QRNN_FO": cell_spec("qrnn_fo"),
     "QRNN_IFO": cell_spec("qrnn_ifo"),
+    "SRU": cell_spec("sru"),
 }
 
 

@@ -81,6 +81,7 @@ CELLS: tuple[CellSpec, ...] = (
         "indrnn_any", 16, gates=1, states=1, saved=1, diagonal=True, dense=False, options=True
     ),
     CellSpec("peephole_lstm", 17, gates=4, states=2, saved=4, parameters=3, options=True),
+    CellSpec("sru", 18, gates=4, states=2, saved=4, parameters=2, dense=False),
 )
 
 _BY_NAME = {spec.name: spec for spec in CELLS}

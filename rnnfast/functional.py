@@ -24,6 +24,7 @@ from .cells import CellSpec, cell_spec, chosen_cell
 from .lstm import kind_of
 from .scan import linear_scan
 from .scan_functional import min_gru, min_lstm, qrnn
+from .sru import sru
 
 __all__ = [
     "gru",
@@ -42,6 +43,7 @@ __all__ = [
     "rnn_relu_cell",
     "rnn_tanh",
     "rnn_tanh_cell",
+    "sru",
 ]
 
 Input = Tensor | PackedSequence

@@ -7,7 +7,8 @@ from .gru import GRU
 from .lstm import LSTM
 from .rnn import RNN, IndRNN
 from .scan_layers import QRNN, MinGRU, MinLSTM
+from .sru import SRU
 
-__all__ = ["GRU", "LSTM", "QRNN", "RNN", "IndRNN", "MinGRU", "MinLSTM"]
+__all__ = ["GRU", "LSTM", "QRNN", "RNN", "SRU", "IndRNN", "MinGRU", "MinLSTM"]
 
-LAYERS: tuple[type[Layer], ...] = (LSTM, GRU, RNN, IndRNN, MinGRU, MinLSTM, QRNN)
+LAYERS: tuple[type[Layer], ...] = (LSTM, GRU, RNN, IndRNN, MinGRU, MinLSTM, QRNN, SRU)

@@ -61,6 +61,12 @@ def cell_step(
         r, z = gate(x_r + h_r), gate(x_z + h_z)
         n = act(x_n + r * h_n)
         return ((1 - z) * n + z * state[0],)
+    if spec.name == "sru":
+        # Lei et al. 2018, arXiv:1709.02755
+        x, f, r, skip = (gx + gh).chunk(4, -1)
+        f, r = torch.sigmoid(f + p[0] * state[1]), torch.sigmoid(r + p[1] * state[1])
+        c = f * state[1] + (1 - f) * x
+        return r * c + (1 - r) * skip, c
     if spec.name.startswith(("min_", "qrnn_")):
         return _scan_cell_step(spec, gx + gh, state)
     # Elman 1990; IndRNN (Li et al. 2018, arXiv:1803.04831) differs in gh only

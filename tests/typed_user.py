@@ -44,6 +44,7 @@ assert_type((chosen.activation, chosen.cell_clip), tuple[str, float | None])
 names: tuple[str, ...] = rnnfast.ACTIVATIONS
 assert_type(rnnfast.RNN(10, 20, activation=names[3])(x), tuple[Tensor, Tensor])
 assert_type(rnnfast.MinGRU(10, 20, nonlinearity="identity")(packed), tuple[PackedSequence, Tensor])
+assert_type(rnnfast.SRU(10, 20, 2)(x)[1], tuple[Tensor, Tensor])
 assert_type(rnnfast.MinLSTM(10, 20, 2).step(x[0]), tuple[Tensor, Tensor])
 qrnn = rnnfast.QRNN(10, 20, kernel_size=3, pooling="ifo")(x, lengths=lengths)
 assert_type(rnnfast.LazyLSTM(20)(x), tuple[Tensor, States])

@@ -32,6 +32,7 @@ CELLS = {
     "rnn_any": "RnnAnyCellOf<dense>",
     "indrnn_any": "RnnAnyCellOf<diagonal>",
     "peephole_lstm": "PeepholeLstmCell",
+    "sru": "SruCell",
 }
 DTYPES = ("float", "double", "Float16", "BFloat16")
 # What csrc/core/onchip_tiles.h lists, and the cells and dtypes that a tile serves.

@@ -15,6 +15,7 @@
 #include "peephole_lstm.h"
 #include "qrnn.h"
 #include "rnn.h"
+#include "sru.h"
 
 // clang-format off
 #define RNNFAST_CELLS_OF_ALL_FORMATS(use)      \
@@ -41,5 +42,6 @@
 
 #define RNNFAST_CELLS(use)                     \
   RNNFAST_CELLS_OF_ALL_TYPES(use)              \
-  use(17, peephole_lstm, PeepholeLstmCell)
+  use(17, peephole_lstm, PeepholeLstmCell)     \
+  use(18, sru, SruCell)
 // clang-format on

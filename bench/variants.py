@@ -1,0 +1,115 @@
+"""Cells that torch.nn has not, against the quickest way to write them in plain PyTorch: a loop over
+time around one compiled step (Dynamo would unroll the loop). ``python -m bench.variants
+[--rounds N] [--threads N] [--only NAME]``.
+
+The step is rnnfast/reference.py's, which is the equations in torch operators; the products are
+torch's, that of the input over all steps at once. Each figure is the median of interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import rnnfast
+from rnnfast._layer import spec_of
+from rnnfast.reference import cell_step
+
+from .extras import median_ms, sizes
+from .table import render
+
+
+# Of each variant: a layer of H units over H features, and the layer of torch.nn's kind beside it.
+def lstm(H: int) -> Any:
+    return rnnfast.LSTM(H, H)
+
+
+VARIANTS: dict[str, tuple[Callable[[int], Any], Callable[[int], Any]]] = {
+    "LSTM(peephole=True)": (
+        lambda H: rnnfast.LSTM(H, H, peephole=True),
+        lstm,
+    ),
+    "SRU": (lambda H: rnnfast.SRU(H, H), lstm),
+}
+SHAPES = ((100, 32, 256), (100, 32, 512), (50, 8, 64))
+
+
+def plain(layer: Any) -> Callable[[Tensor], Tensor]:
+    """The layer's numbers by torch's operators, a compiled step after the other."""
+    spec = spec_of(layer)
+    step = torch.compile(partial(cell_step, spec))
+
+    def run(x: Tensor) -> Tensor:
+        w_ih, w_hh, b_ih, b_hh = layer._current()[0][:4]
+        hidden = layer.hidden_size
+        if spec.name == "sru":  # the highway takes x itself
+            w_ih, b_ih = w_ih[: 3 * hidden], b_ih[: 3 * hidden]
+        b_hh, p = b_hh[: spec.gates * hidden], b_hh[spec.gates * hidden :]
+        of_units = tuple(p.chunk(spec.parameters)) if spec.parameters else ()
+        zeros = x.new_zeros(x.size(1), hidden)
+        state: tuple[Tensor, ...] = (zeros,) * spec.states
+        nothing = torch.zeros(())
+        y, projected = [], torch.nn.functional.linear(x, w_ih, b_ih)
+        if spec.name == "sru":
+            projected = torch.cat([projected, x], -1)
+        for gx in projected.unbind(0):
+            gh = torch.addmm(b_hh, state[0], w_hh.t()) if spec.dense else nothing
+            state = step(gx, gh, state, of_units)
+            y.append(state[0])
+        return torch.stack(y)
+
+    return run
+
+
+def training(run: Callable[[Tensor], Any], layer: Any, x: Tensor) -> Any:
+    y = run(x)
+    y = y[0] if isinstance(y, tuple) else y
+    return torch.autograd.grad(y.sum(), [p for p in layer.parameters() if p.requires_grad])
+
+
+def inference(run: Callable[[Tensor], Any], layer: Any, x: Tensor) -> Any:
+    with torch.inference_mode():
+        return run(x)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.variants", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds (default: 7)")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
+    parser.add_argument("--only", default="", metavar="NAME", help="variants whose name has it")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    names = [name for name in VARIANTS if options.only in name]
+    if not names:
+        parser.error(f"--only must be part of one of {', '.join(VARIANTS)}")
+    rows = []
+    for name, (T, B, H) in tqdm([(name, shape) for name in names for shape in SHAPES]):
+        make, make_usual = VARIANTS[name]
+        layer, usual, x = make(H), make_usual(H), torch.randn(T, B, H)
+        theirs = plain(layer)
+        torch.testing.assert_close(theirs(x), layer(x)[0], rtol=1e-3, atol=1e-3)
+        found = []
+        for mode in (inference, training):
+            calls: dict[str, Callable[[], Any]] = {
+                "ours": partial(mode, layer, layer, x),
+                "theirs": partial(mode, theirs, layer, x),
+                "usual": partial(mode, usual, usual, x),
+            }
+            ms = median_ms(calls, options.rounds)
+            found += [f"{ms['theirs'] / ms['ours']:.1f}x", f"{ms['ours'] / ms['usual']:.2f}"]
+        rows.append([name, sizes(T, B, H), *found])
+    heads = ["variant", "shape", "inference", "of the LSTM", "training", "of the LSTM"]
+    print(
+        f"torch {torch.__version__}, {options.threads} threads, medians of {options.rounds} rounds"
+    )
+    print(render(heads, rows, markdown=False, text_columns=2))
+
+
+if __name__ == "__main__":
+    main()
