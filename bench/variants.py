@@ -31,6 +31,10 @@ def lstm(H: int) -> Any:
 
 
 VARIANTS: dict[str, tuple[Callable[[int], Any], Callable[[int], Any]]] = {
+    "LSTM(coupled=True)": (
+        lambda H: rnnfast.LSTM(H, H, coupled=True),
+        lstm,
+    ),
     "LSTM(peephole=True)": (
         lambda H: rnnfast.LSTM(H, H, peephole=True),
         lstm,

@@ -82,6 +82,7 @@ CELLS: tuple[CellSpec, ...] = (
     ),
     CellSpec("peephole_lstm", 17, gates=4, states=2, saved=4, parameters=3, options=True),
     CellSpec("sru", 18, gates=4, states=2, saved=4, parameters=2, dense=False),
+    CellSpec("coupled_lstm", 19, gates=3, states=2, saved=3, options=True),
 )
 
 _BY_NAME = {spec.name: spec for spec in CELLS}
@@ -148,7 +149,7 @@ def chosen_cell(
 
     Args:
         who: the layer's name, for errors
-        kind: ``lstm``, ``peephole_lstm``, ``gru``, ``rnn`` or ``indrnn``
+        kind: ``lstm``, ``coupled_lstm``, ``peephole_lstm``, ``gru``, ``rnn`` or ``indrnn``
         activation, gate_activation: names of :data:`ACTIVATIONS`
         cell_clip: bound of the LSTM's ``c``, or ``None``
 

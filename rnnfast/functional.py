@@ -200,11 +200,12 @@ def lstm(
     activation: str = "tanh",
     gate_activation: str = "sigmoid",
     cell_clip: float | None = None,
+    coupled: bool = False,
     peephole: bool = False,
 ) -> tuple[Form, States]:
     if isinstance(hx, (tuple, list)) and len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
-    kind = kind_of("lstm", peephole)
+    kind = kind_of("lstm", coupled, peephole)
     spec = chosen_cell("lstm", kind, activation, gate_activation, cell_clip)
     return _layer(
         "LSTM", spec, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
@@ -416,6 +417,7 @@ _ACTIVATION = {
     "lstm": _TWO_ACTIVATIONS
     + """
         cell_clip: bound of c, or ``None``
+        coupled: the input gate is 1 - f: gates f, g, o
         peephole: the gates see c; ``weights`` has p_i, p_f, p_o, one tensor ``(3H,)``, behind the
             others of each layer and direction""",
     "gru": _TWO_ACTIVATIONS,

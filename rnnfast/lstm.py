@@ -31,10 +31,16 @@ def _check_forget_bias(forget_bias: Any, bias: bool) -> None:
         )
 
 
-def kind_of(who: str, peephole: Any) -> str:
+def kind_of(who: str, coupled: Any, peephole: Any) -> str:
     """The LSTM of these options, as :func:`rnnfast.cells.chosen_cell` calls it."""
+    check_bool(who, "coupled", coupled)
     check_bool(who, "peephole", peephole)
-    return "peephole_lstm" if peephole else "lstm"
+    if coupled and peephole:
+        raise ValueError(
+            f"rnnfast: coupled and peephole of {who} can't be combined: an input gate that is "
+            "1 - f has no peephole of its own"
+        )
+    return "coupled_lstm" if coupled else "peephole_lstm" if peephole else "lstm"
 
 
 class LSTM(LSTMCalls):
@@ -78,6 +84,9 @@ class LSTM(LSTMCalls):
         activation, gate_activation: of the candidate and the cell state (tanh above), and of the
             gates (sigmoid): one of :data:`rnnfast.ACTIVATIONS`, with torch's definitions and
             default parameters; attributes to be read, too
+        coupled: the input gate is what the forget gate leaves, :math:`i_t = 1 - f_t` (Greff et al.
+            2017, arXiv:1503.04069, "CIFG"); the gates are f, g, o then, a quarter less of weights
+            and work
         peephole: the gates see :math:`c`, i and f that of the step before, o the new one (Gers &
             Schmidhuber 2000): :math:`p_i \odot c_{t-1}`, :math:`p_f \odot c_{t-1}` and
             :math:`p_o \odot c_t` are added before their :math:`\sigma`
@@ -104,7 +113,8 @@ class LSTM(LSTMCalls):
     Outputs: output, (h_n, c_n)
 
     Attributes:
-        weight_ih_l[k]: :math:`(4H, I)`, :math:`(4H, D \cdot P)` for k > 0; gates i, f, g, o
+        weight_ih_l[k]: :math:`(4H, I)`, :math:`(4H, D \cdot P)` for k > 0; gates i, f, g, o;
+            with ``coupled`` 3 gates f, g, o, here and below
         weight_hh_l[k]: :math:`(4H, P)`
         bias_ih_l[k], bias_hh_l[k]: :math:`(4H)`
         weight_hr_l[k]: :math:`(P, H)`, with ``proj_size`` only
@@ -128,6 +138,7 @@ class LSTM(LSTMCalls):
     """
 
     forget_bias: float | None = None
+    coupled: bool = False
     peephole: bool = False
 
     def __init__(
@@ -151,20 +162,25 @@ class LSTM(LSTMCalls):
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
         cell_clip: float | None = None,
+        coupled: bool = False,
         peephole: bool = False,
     ) -> None:
         _check_forget_bias(forget_bias, bias)
-        kind = kind_of("LSTM", peephole)
+        kind = kind_of("LSTM", coupled, peephole)
         self._choose(kind, activation, gate_activation, cell_clip)
         # for who reads them; what is called was chosen above
         self.activation, self.gate_activation = activation, gate_activation
         self.cell_clip = cell_clip
         if forget_bias is not None:  # else the class says it; torch.nn draws the weights at once
             self.forget_bias = forget_bias
+        if coupled:
+            self.coupled = True
         super().__init__(
-            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            "GRU" if coupled else "LSTM",  # by which torch.nn knows how many gates there are
+            input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, proj_size, device, dtype,
         )  # fmt: skip
+        self.mode = "LSTM"
         if peephole:
             self._add_peepholes(device, dtype)
         self._set_options(recompute, weight_dropout, input_dropout, False, return_last)
@@ -194,7 +210,8 @@ class LSTM(LSTMCalls):
             for name in self._flat_weights_names:
                 bias = self._parameters.get(name)
                 if bias is not None and name.startswith("bias"):
-                    of_forget_gate = bias[self.hidden_size : 2 * self.hidden_size]
+                    gate = 0 if self.coupled else 1
+                    of_forget_gate = bias[gate * self.hidden_size : (gate + 1) * self.hidden_size]
                     of_forget_gate.fill_(self.forget_bias if name.startswith("bias_ih") else 0.0)
 
     def extra_repr(self) -> str:

@@ -47,6 +47,13 @@ def cell_step(
         if spec.clip:
             c = c.clamp(-spec.clip, spec.clip)
         return gate(o) * act(c), c
+    if spec.name == "coupled_lstm":
+        # Greff et al. 2017, arXiv:1503.04069
+        f, g, o = (gx + gh).chunk(3, -1)
+        c = gate(f) * state[1] + (1 - gate(f)) * act(g)
+        if spec.clip:
+            c = c.clamp(-spec.clip, spec.clip)
+        return gate(o) * act(c), c
     if spec.name == "peephole_lstm":
         # Gers & Schmidhuber 2000
         i, f, g, o = (gx + gh).chunk(4, -1)

@@ -1,4 +1,4 @@
-"""LSTMs with peepholes, against plain loops in float64."""
+"""LSTMs with coupled gates and with peepholes, against plain loops in float64."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from variants import f64, results
 import rnnfast
 from rnnfast import functional
 
+COUPLED: dict[str, Any] = {"coupled": True}
 PEEPHOLE: dict[str, Any] = {"peephole": True}
 
 
@@ -22,7 +23,7 @@ def plain(layer: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Any]:
     w, u = layer.weight_ih_l0, layer.weight_hh_l0
     b = layer.bias_ih_l0 + layer.bias_hh_l0
     p = getattr(layer, "weight_ph_l0", None)
-    names = "ifgo"
+    names = "fgo" if layer.coupled else "ifgo"
     y = []
     for x_t in x:
 
@@ -35,7 +36,7 @@ def plain(layer: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Any]:
             return torch.tanh(a) if name == "g" else torch.sigmoid(a)
 
         f = gate("f", c)
-        i = gate("i", c)
+        i = 1 - f if layer.coupled else gate("i", c)
         c = f * c + i * gate("g")
         if layer.cell_clip is not None:
             c = c.clamp(-layer.cell_clip, layer.cell_clip)
@@ -44,7 +45,7 @@ def plain(layer: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Any]:
     return torch.stack(y), (h, c)
 
 
-@pytest.mark.parametrize("options", [PEEPHOLE], ids=["peephole"])
+@pytest.mark.parametrize("options", [COUPLED, PEEPHOLE], ids=["coupled", "peephole"])
 class TestVariant:
     @pytest.mark.parametrize("hidden", [1, 19, 40])
     @pytest.mark.parametrize("clip", [None, 0.25])
@@ -108,11 +109,23 @@ class TestVariant:
         assert next(iter(options)) in text
 
 
-@pytest.mark.parametrize("option", ["peephole"])
+@pytest.mark.parametrize("option", ["coupled", "peephole"])
 @pytest.mark.parametrize("value", [1, None, "yes"])
 def test_flags_are_bools(option: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"{option} of LSTM must be a bool"):
         rnnfast.LSTM(3, 4, **{option: value})
+
+
+def test_coupled_has_three_gates() -> None:
+    layer = rnnfast.LSTM(4, 6, coupled=True, forget_bias=1.5)
+    assert layer.weight_ih_l0.shape == (18, 4) and layer.weight_hh_l0.shape == (18, 6)
+    assert (layer.bias_ih_l0[:6] == 1.5).all() and (layer.bias_hh_l0[:6] == 0).all()
+    assert not (layer.bias_ih_l0[6:12] == 1.5).any()
+
+
+def test_no_coupled_peepholes() -> None:
+    with pytest.raises(ValueError, match="coupled and peephole of LSTM can't be combined"):
+        rnnfast.LSTM(3, 4, coupled=True, peephole=True)
 
 
 def test_peepholes_are_parameters() -> None:

@@ -153,7 +153,7 @@ def test_signatures(library: Any, device: torch.device) -> None:
     options += ["bidirectional", "device", "dtype", "recompute"]
     options += ["weight_dropout", "input_dropout", "return_last", "activation"]
     own = {
-        "LSTM": ["proj_size", "forget_bias", "gate_activation", "cell_clip", "peephole"],
+        "LSTM": ["proj_size", "forget_bias", "gate_activation", "cell_clip", "coupled", "peephole"],
         "GRU": ["gate_activation"],
         "RNN": ["nonlinearity"],
     }

@@ -33,6 +33,7 @@ CELLS = {
     "indrnn_any": "RnnAnyCellOf<diagonal>",
     "peephole_lstm": "PeepholeLstmCell",
     "sru": "SruCell",
+    "coupled_lstm": "CoupledLstmCell",
 }
 DTYPES = ("float", "double", "Float16", "BFloat16")
 # What csrc/core/onchip_tiles.h lists, and the cells and dtypes that a tile serves.

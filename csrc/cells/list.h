@@ -8,6 +8,7 @@
 // float32 (cpu/run_widened.cpp).
 #pragma once
 
+#include "coupled_lstm.h"
 #include "gru.h"
 #include "indrnn.h"
 #include "lstm.h"
@@ -43,5 +44,6 @@
 #define RNNFAST_CELLS(use)                     \
   RNNFAST_CELLS_OF_ALL_TYPES(use)              \
   use(17, peephole_lstm, PeepholeLstmCell)     \
-  use(18, sru, SruCell)
+  use(18, sru, SruCell)                        \
+  use(19, coupled_lstm, CoupledLstmCell)
 // clang-format on
