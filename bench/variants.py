@@ -21,6 +21,7 @@ import rnnfast
 from rnnfast._layer import spec_of
 from rnnfast.reference import cell_step
 
+from . import stages
 from .extras import median_ms, sizes
 from .table import render
 
@@ -39,6 +40,10 @@ VARIANTS: dict[str, tuple[Callable[[int], Any], Callable[[int], Any]]] = {
         lambda H: rnnfast.LSTM(H, H, peephole=True),
         lstm,
     ),
+    "GRU(reset_after=False)": (
+        lambda H: rnnfast.GRU(H, H, reset_after=False),
+        lambda H: rnnfast.GRU(H, H),
+    ),
     "SRU": (lambda H: rnnfast.SRU(H, H), lstm),
 }
 SHAPES = ((100, 32, 256), (100, 32, 512), (50, 8, 64))
@@ -47,6 +52,8 @@ SHAPES = ((100, 32, 256), (100, 32, 512), (50, 8, 64))
 def plain(layer: Any) -> Callable[[Tensor], Tensor]:
     """The layer's numbers by torch's operators, a compiled step after the other."""
     spec = spec_of(layer)
+    if spec.stages:
+        return stages.plain(layer)
     step = torch.compile(partial(cell_step, spec))
 
     def run(x: Tensor) -> Tensor:
@@ -108,7 +115,7 @@ def main() -> None:
             ms = median_ms(calls, options.rounds)
             found += [f"{ms['theirs'] / ms['ours']:.1f}x", f"{ms['ours'] / ms['usual']:.2f}"]
         rows.append([name, sizes(T, B, H), *found])
-    heads = ["variant", "shape", "inference", "of the LSTM", "training", "of the LSTM"]
+    heads = ["variant", "shape", "inference", "of the usual", "training", "of the usual"]
     print(
         f"torch {torch.__version__}, {options.threads} threads, medians of {options.rounds} rounds"
     )

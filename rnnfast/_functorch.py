@@ -2,8 +2,9 @@
 
 A vmapped dimension of x joins the batch, so that a call stays a call. Per-sample gradients,
 ``vmap(grad)``, run the recurrence once for all samples (``rnnfast::gate_gradients``) and multiply
-the weights' gradients sample by sample. Batched weights are taken one after the other. Everything
-else (forward mode, grad of grad, packed rows) is reference.py's.
+the weights' gradients sample by sample. Batched weights, and samples of cells with stages, are
+taken one after the other. Everything else (forward mode, grad of grad, packed rows) is
+reference.py's.
 """
 
 from __future__ import annotations
@@ -215,7 +216,9 @@ class Backward(torch.autograd.Function):
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         # x that is the same for all: its gradients for several cotangents, without copies of it
         same_x = dims[call.names.index("x")] is None
-        if differentiable or same_x or _has_batched_weights(call, dims):
+        # what w_hh is multiplied with in a cell with stages is not h alone
+        staged = cell_spec(call.cell).stages
+        if differentiable or same_x or staged or _has_batched_weights(call, dims):
             return _one_by_one(Backward, info, call, dims, tensors)
         return _per_sample(size, call, _folded(call, tensors, dims, size))
 

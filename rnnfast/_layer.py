@@ -40,7 +40,11 @@ def spec_of(layer: nn.Module) -> CellSpec:
     return getattr(layer, "_chosen_cell", None) or SPECS[layer.mode]  # type: ignore[index]
 
 
-_TEXTS = {"coupled_lstm": ", coupled=True", "peephole_lstm": ", peephole=True"}
+_TEXTS = {
+    "coupled_lstm": ", coupled=True",
+    "peephole_lstm": ", peephole=True",
+    "gru_before": ", reset_after=False",
+}
 
 
 def text_of_cell(layer: nn.Module) -> str:

@@ -14,6 +14,7 @@ __all__ = ["onnx_translations"]
 _NODES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "lstm": ("LSTM", (0, 3, 1, 2), {}),  # i f g o -> i o f c
     "gru": ("GRU", (1, 0, 2), {"linear_before_reset": 1}),  # r z n -> z r h
+    "gru_before": ("GRU", (1, 0, 2), {"linear_before_reset": 0}),
     "rnn_tanh": ("RNN", (0,), {"activations": ["Tanh"]}),
     "rnn_relu": ("RNN", (0,), {"activations": ["Relu"]}),
     "indrnn_tanh": ("RNN", (0,), {"activations": ["Tanh"]}),
@@ -39,8 +40,12 @@ def _node(
     reverse: bool,
 ) -> tuple[Any, Any, Any, Any]:
     spec = cell_spec(cell)
-    if spec.name not in _NODES:
-        _refuse(f"node for {spec.name}", "export it under use_engine('reference'), step by step")
+    chosen = cell >> 8 != 0
+    if spec.name not in _NODES or chosen:
+        _refuse(
+            f"node for {spec.name}{' with chosen activations' * (chosen and spec.stages)}",
+            "export it under use_engine('reference'), step by step",
+        )
     name, order, attributes = _NODES[spec.name]
     hidden = w_ih.shape[0] // spec.gates
 
@@ -83,9 +88,10 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
     """What ``torch.onnx.export`` needs to know of the layers.
 
     Give it as ``custom_translation_table``: each direction of each layer becomes a standard LSTM,
-    GRU (``linear_before_reset=1``) or RNN node, with dynamic :math:`T` and :math:`B` if they are
-    asked for, initial states and ``lengths`` (``sequence_lens`` of the nodes). The weights keep
-    their order in the file and are put into ONNX's by nodes that runtimes fold when they load it.
+    GRU (``linear_before_reset=1``, or 0 for ``reset_after=False``) or RNN node, with dynamic
+    :math:`T` and :math:`B` if they are asked for, initial states and ``lengths``
+    (``sequence_lens`` of the nodes). The weights keep their order in the file and are put into
+    ONNX's by nodes that runtimes fold when they load it.
     An IndRNN is an RNN whose recurrent matrix is diagonal, :math:`H^2` numbers. A frozen layer is
     exported with its plain weights.
 

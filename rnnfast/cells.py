@@ -36,6 +36,7 @@ class CellSpec:
         parameters: numbers ``K`` that each unit has besides weights and biases; they stand behind
             the bias in ``b_hh``, of shape ``((G+K)*H,)``
         options: whether a call may choose activations
+        stages: whether a step is more than a product and a pointwise function
         activation, gate_activation: those of the state and of the gates
         clip: bound of the LSTM's ``c``, 0 for none
     """
@@ -50,6 +51,7 @@ class CellSpec:
     dense: bool = True
     parameters: int = 0
     options: bool = False
+    stages: bool = False
     activation: str = "tanh"
     gate_activation: str = "sigmoid"
     clip: float = 0.0
@@ -83,6 +85,7 @@ CELLS: tuple[CellSpec, ...] = (
     CellSpec("peephole_lstm", 17, gates=4, states=2, saved=4, parameters=3, options=True),
     CellSpec("sru", 18, gates=4, states=2, saved=4, parameters=2, dense=False),
     CellSpec("coupled_lstm", 19, gates=3, states=2, saved=3, options=True),
+    CellSpec("gru_before", 20, gates=3, states=1, saved=3, options=True, stages=True),
 )
 
 _BY_NAME = {spec.name: spec for spec in CELLS}
@@ -149,7 +152,8 @@ def chosen_cell(
 
     Args:
         who: the layer's name, for errors
-        kind: ``lstm``, ``coupled_lstm``, ``peephole_lstm``, ``gru``, ``rnn`` or ``indrnn``
+        kind: ``lstm``, ``coupled_lstm``, ``peephole_lstm``, ``gru``, ``gru_before``, ``rnn`` or
+            ``indrnn``
         activation, gate_activation: names of :data:`ACTIVATIONS`
         cell_clip: bound of the LSTM's ``c``, or ``None``
 

@@ -80,6 +80,7 @@ def _reason(
     kept: str,
     times: dict[str, float],
     beside: str,
+    stages: bool,
 ) -> str:
     text = f"{isa} is " + ("forced" if engine.isa_is_forced() else "the widest of this machine")
     if ran != isa:
@@ -103,6 +104,8 @@ def _reason(
             split, ""
         )
         parts[-1] += f" (model{alone}: {listed})"
+    if stages:
+        parts.append("the stages of a step want whole rows, so that units are never divided")
     if beside:
         parts.append(f"model: {beside}")
     if kept:
@@ -171,6 +174,8 @@ def _cuda_row(
         parts = ["w_hh stays on the chip for all steps, forced by use_engine"]
     else:
         parts = ["a cuBLAS product and one kernel a step"]
+        if spec.stages:
+            parts = ["the products and kernels of a step's stages"]
         parts[0] += ", forced by use_engine" if wish >= 0 else ""
     parts.append(
         "launches are "
@@ -234,7 +239,7 @@ def _row(
     dot = dtype == torch.int8 or (dtype == torch.bfloat16 and kernel == "packed")
     ran = engine.ran_isa(isa, dot)
     times = engine.estimates(spec.id, sizes, itemsize, offered, packed)
-    reason = _reason(isa, ran, text, threads, split, kernel, kept, times, beside_text)
+    reason = _reason(isa, ran, text, threads, split, kernel, kept, times, beside_text, spec.stages)
     return Row(name, shape, "cpu", ran, threads, split, kernel, reason)
 
 

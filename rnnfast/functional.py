@@ -21,6 +21,7 @@ from ._checks import check_dense
 from ._signatures import Input as Form
 from ._signatures import States
 from .cells import CellSpec, cell_spec, chosen_cell
+from .gru import kind_of as gru_kind_of
 from .lstm import kind_of
 from .scan import linear_scan
 from .scan_functional import min_gru, min_lstm, qrnn
@@ -234,8 +235,9 @@ def gru(
     return_last: bool = False,
     activation: str = "tanh",
     gate_activation: str = "sigmoid",
+    reset_after: bool = True,
 ) -> tuple[Form, Tensor]:
-    spec = chosen_cell("gru", "gru", activation, gate_activation)
+    spec = chosen_cell("gru", gru_kind_of("gru", reset_after), activation, gate_activation)
     return _layer(
         "GRU", spec, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
         training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
@@ -420,7 +422,7 @@ _ACTIVATION = {
         coupled: the input gate is 1 - f: gates f, g, o
         peephole: the gates see c; ``weights`` has p_i, p_f, p_o, one tensor ``(3H,)``, behind the
             others of each layer and direction""",
-    "gru": _TWO_ACTIVATIONS,
+    "gru": _TWO_ACTIVATIONS + "\n        reset_after: as :class:`rnnfast.GRU` has it",
     "rnn": _ONE_ACTIVATION,
     "indrnn": _ONE_ACTIVATION,
 }
@@ -435,7 +437,7 @@ _DOCS: tuple[tuple[Any, str, str, str], ...] = (
     (
         gru,
         "GRU(10, 20)",
-        "GRU (Cho et al. 2014), the reset gate after the product.",
+        "GRU (Cho et al. 2014), the reset gate after the product, or before it.",
         "As :class:`rnnfast.GRU`.",
     ),
     (

@@ -6,10 +6,17 @@ from typing import Any
 
 import torch
 
+from ._checks import check_bool
 from ._layer import no_proj_size
 from ._signatures import Device, OneStateCalls
 
 __all__ = ["GRU"]
+
+
+def kind_of(who: str, reset_after: Any) -> str:
+    """The GRU of this option, as :func:`rnnfast.cells.chosen_cell` calls it."""
+    check_bool(who, "reset_after", reset_after)
+    return "gru" if reset_after else "gru_before"
 
 
 class GRU(OneStateCalls):
@@ -24,7 +31,10 @@ class GRU(OneStateCalls):
         \end{array}
 
     Cho et al. 2014 (arXiv:1406.1078), with the reset gate after the product, as cuDNN and
-    torch.nn compute it.
+    torch.nn compute it; with ``reset_after=False`` before it, as the paper does:
+
+    .. math::
+        n_t = \tanh(W_{in} x_t + b_{in} + W_{hn} (r_t \odot h_{t-1}) + b_{hn})
 
     Args:
         input_size: number of features of the input :math:`I`
@@ -47,6 +57,8 @@ class GRU(OneStateCalls):
         activation, gate_activation: of the candidate :math:`n` (tanh above), and of the gates
             (sigmoid): one of :data:`rnnfast.ACTIVATIONS`, with torch's definitions and
             default parameters; attributes to be read, too
+        reset_after: whether the reset gate comes after the product (``False``: Keras' argument of
+            this name, ONNX' ``linear_before_reset=0``); an attribute to be read, too
 
     Inputs: input, h_0, reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -105,12 +117,14 @@ class GRU(OneStateCalls):
         return_last: bool = False,
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
+        reset_after: bool = True,
         **kwargs: Any,
     ) -> None:
         no_proj_size(kwargs, "GRU")
-        self._choose("gru", activation, gate_activation)
+        self._choose(kind_of("GRU", reset_after), activation, gate_activation)
         # for who reads them; what is called was chosen above
         self.activation, self.gate_activation = activation, gate_activation
+        self.reset_after = reset_after
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, 0, device, dtype,

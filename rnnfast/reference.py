@@ -24,6 +24,7 @@ def cell_step(
     gh: Tensor,
     state: tuple[Tensor, ...],
     p: Sequence[Tensor] = (),
+    linked: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     r"""One step of a cell, from pre-activations to the next state.
 
@@ -33,6 +34,8 @@ def cell_step(
         gh: hidden side ``w_hh h + b_hh``
         state: ``(h,)`` or ``(h, c)``, each :math:`(N, H)`
         p: the parameters of a cell that has some
+        linked: of the GRU with the reset gate before the product, that product: ``gh`` is of its
+            other gates only
 
     Shape:
         - gx, gh: :math:`(N, G \cdot H)`
@@ -74,6 +77,14 @@ def cell_step(
         f, r = torch.sigmoid(f + p[0] * state[1]), torch.sigmoid(r + p[1] * state[1])
         c = f * state[1] + (1 - f) * x
         return r * c + (1 - r) * skip, c
+    if spec.name == "gru_before":
+        # Cho et al. 2014, arXiv:1406.1078
+        assert linked is not None
+        x_r, x_z, x_n = gx.chunk(3, -1)
+        h_r, h_z = gh.chunk(2, -1)
+        r, z = gate(x_r + h_r), gate(x_z + h_z)
+        n = act(x_n + linked(r * state[0]))
+        return ((1 - z) * n + z * state[0],)
     if spec.name.startswith(("min_", "qrnn_")):
         return _scan_cell_step(spec, gx + gh, state)
     # Elman 1990; IndRNN (Li et al. 2018, arXiv:1803.04831) differs in gh only
@@ -216,6 +227,16 @@ def forward(
         gx = gx + b_ih
     if reset is not None:
         reset = reset.unsqueeze(-1)
+    linked: Callable[[Tensor], Tensor] | None = None
+    if spec.name == "gru_before":
+        free = 2 * hidden
+        w_link, b_link = w_hh[free:].t(), None if b_hh is None else b_hh[free:]
+        w_hh, b_hh = w_hh[:free], None if b_hh is None else b_hh[:free]
+
+        def linked(link: Tensor) -> Tensor:
+            product = link @ w_link
+            return product if b_link is None else product + b_link
+
     y: list[Tensor] = [h] * steps
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
         if reset is not None:  # where() and no product: a NaN in the old state ends here
@@ -230,7 +251,7 @@ def forward(
             gh = torch.zeros_like(gx[t])
         if b_hh is not None and (spec.has_hidden_side or b_hh.size(0) > 0):
             gh = gh + b_hh
-        new = cell_step(spec, gx[t], gh, (h, *rest), p)
+        new = cell_step(spec, gx[t], gh, (h, *rest), p, linked)
         out = new[0] if w_hr is None else new[0] @ w_hr.t()
         if valid is not None:
             out = torch.where(valid[t], out, h)

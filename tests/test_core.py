@@ -143,6 +143,7 @@ def test_cells_are_those_of_python() -> None:
             "parameters": c.parameters,
             "dense": c.dense,
             "diagonal": c.diagonal,
+            "stages": c.stages,
         }
         for c in sorted(CELLS, key=lambda c: c.id)
     ]

@@ -23,16 +23,20 @@ NAMES = [
     ),
     *(
         f"test_gru_{s}"
-        for s in ("defaults", "with_initial_bias", "batchwise", "reverse", "bidirectional")
+        for s in (
+            "defaults",
+            "with_initial_bias",
+            "batchwise",
+            "reverse",
+            "bidirectional",
+            "seq_length",
+        )
     ),
     *(f"test_simple_rnn_{s}" for s in ("defaults", "with_initial_bias", "batchwise", "reverse")),
     "test_simple_rnn_bidirectional",
     "test_rnn_seq_length",
     "test_lstm_with_peepholes",
 ]
-CANNOT = {
-    "test_gru_seq_length": "needs the reset before the product (linear_before_reset=0)",
-}
 
 
 @functools.cache
@@ -65,12 +69,7 @@ def to_torch_order(op: str, rows: np.ndarray) -> Tensor:
 
 
 def test_every_vector_is_accounted_for() -> None:
-    assert set(vectors()) == {*NAMES, *CANNOT}
-
-
-@pytest.mark.parametrize("name", CANNOT)
-def test_onnx_vector_not_yet(name: str) -> None:
-    pytest.skip(CANNOT[name])
+    assert set(vectors()) == set(NAMES)
 
 
 @pytest.mark.parametrize("engine", ["cpu", "reference"])
@@ -91,7 +90,9 @@ def test_onnx_vector(name: str, engine: str) -> None:
     x = x.flip(1 if batch_first else 0) if way == "reverse" else x
     function = getattr(rnnfast.functional, "rnn_tanh" if op == "RNN" else op.lower())
     with_lengths = "sequence_lens" in inputs
-    options = {"peephole": True} if "P" in inputs else {}
+    options: dict[str, Any] = {"peephole": True} if "P" in inputs else {}
+    if op == "GRU":
+        options = {"reset_after": bool(attributes.get("linear_before_reset", 0))}
     hx = [torch.from_numpy(inputs[k].copy()) for k in ("initial_h", "initial_c") if k in inputs]
     with rnnfast.use_engine(engine):
         y, state = function(

@@ -20,6 +20,7 @@ import rnnfast
 KINDS: dict[str, Any] = {
     "LSTM": lambda **o: rnnfast.LSTM(5, 9, **o),
     "GRU": lambda **o: rnnfast.GRU(5, 9, **o),
+    "GRU, reset before": lambda **o: rnnfast.GRU(5, 9, reset_after=False, **o),
     "RNN tanh": lambda **o: rnnfast.RNN(5, 9, **o),
     "RNN relu": lambda **o: rnnfast.RNN(5, 9, nonlinearity="relu", **o),
     "IndRNN tanh": lambda **o: rnnfast.IndRNN(5, 9, nonlinearity="tanh", **o),
@@ -63,7 +64,7 @@ def run(there: Any, *args: Tensor) -> list[Tensor]:
     return [torch.from_numpy(np.asarray(y)) for y in there.run(None, feed)]
 
 
-def nodes(program: Any) -> Counter[str]:
+def nodes(program: Any, reset_after: bool = True) -> Counter[str]:
     """The recurrent nodes, and what they say of themselves."""
     found: Counter[str] = Counter()
     for node in program.model_proto.graph.node:
@@ -72,7 +73,7 @@ def nodes(program: Any) -> Counter[str]:
             found[node.op_type] += 1
             attributes = {a.name: a for a in node.attribute}
             if node.op_type == "GRU":
-                assert attributes["linear_before_reset"].i == 1
+                assert attributes["linear_before_reset"].i == int(reset_after)
     assert not {"Loop", "Scan"} & {node.op_type for node in program.model_proto.graph.node}
     return found
 
@@ -102,7 +103,7 @@ def check(layer: Any, form: str) -> None:
     program = export(model, example(model, 4, 3), shapes_of(model))
     count = layer.num_layers * (1 + layer.bidirectional)
     kind = type(layer).__name__.replace("IndRNN", "RNN")
-    assert nodes(program) == {kind: count}
+    assert nodes(program, getattr(layer, "reset_after", True)) == {kind: count}
     there = session(program)
     for steps, batch in SHAPES:
         args = example(model, steps, batch)
@@ -119,12 +120,14 @@ def test_forms(kind: str, options: Any, form: str) -> None:
     check(KINDS[kind](**options), form)
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "IndRNN relu"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "GRU, reset before", "IndRNN relu"])
 def test_without_biases(kind: str) -> None:
     check(KINDS[kind](bias=False, bidirectional=True), "plain")
 
 
-@pytest.mark.parametrize("kind", ["RNN tanh", "RNN relu", "IndRNN tanh", "IndRNN relu"])
+@pytest.mark.parametrize(
+    "kind", ["RNN tanh", "RNN relu", "IndRNN tanh", "IndRNN relu", "GRU, reset before"]
+)
 def test_other_cells(kind: str) -> None:
     check(KINDS[kind](num_layers=2), "lengths" if kind == "IndRNN tanh" else "hx")
 
@@ -150,6 +153,11 @@ def test_what_onnx_has_not() -> None:
         (Model(rnnfast.LSTM(5, 9, proj_size=4), "plain"), (x,), "projection (proj_size)"),
         (Model(rnnfast.GRU(5, 9), "reset"), (x, reset), "reset masks"),
         (rnnfast.quantize(rnnfast.GRU(5, 9)), (x,), "int8 weights"),
+        (
+            Model(rnnfast.GRU(5, 9, activation="relu", reset_after=False), "plain"),
+            (x,),
+            "node for gru_before with chosen activations",
+        ),
     ]
     for model, args, what in cases:
         with pytest.raises(Exception, match=re.escape(f"rnnfast: ONNX has no {what}")):

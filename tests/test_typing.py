@@ -154,7 +154,7 @@ def test_signatures(library: Any, device: torch.device) -> None:
     options += ["weight_dropout", "input_dropout", "return_last", "activation"]
     own = {
         "LSTM": ["proj_size", "forget_bias", "gate_activation", "cell_clip", "coupled", "peephole"],
-        "GRU": ["gate_activation"],
+        "GRU": ["gate_activation", "reset_after"],
         "RNN": ["nonlinearity"],
     }
     for kind in works.kinds(library):

@@ -40,6 +40,8 @@ assert_type(deep.constrain_(784).init_memory_(784, epsilon=0.5), rnnfast.IndRNN)
 chosen = rnnfast.LSTM(10, 20, activation="relu", gate_activation="hard_sigmoid", cell_clip=3.0)
 peepholes = rnnfast.LSTM(10, 20, peephole=True)
 assert_type((peepholes.peephole, rnnfast.LSTM(10, 20, coupled=True).coupled), tuple[bool, bool])
+before = rnnfast.GRU(10, 20, reset_after=False)
+assert_type(before.reset_after, bool)
 assert_type((chosen.activation, chosen.cell_clip), tuple[str, float | None])
 names: tuple[str, ...] = rnnfast.ACTIVATIONS
 assert_type(rnnfast.RNN(10, 20, activation=names[3])(x), tuple[Tensor, Tensor])

@@ -104,8 +104,22 @@ py::dict run_cell(const std::vector<double>& gx_in, const std::vector<double>& g
   for (int g = 0; g < Cell::kGates; ++g) gx[g] = gx_in[g], gh[g] = gh_in[g];
   for (int k = 0; k < Cell::kStates; ++k) prev[k] = next[k] = state_in[k], dstate[k] = dstate_in[k];
   const Cell cell = RNNFAST_TARGET::make_cell<Cell>(options_of_code(code));
-  RNNFAST_TARGET::cell_forward(cell, p, gx, gh, next, saved);
-  RNNFAST_TARGET::cell_backward(cell, p, dp, saved, prev, next, dstate, dgx, dgh);
+  if constexpr (RNNFAST_TARGET::kHasStages<Cell>) {
+    // One unit whose second product is its link.
+    constexpr int kFree = RNNFAST_TARGET::kFreeGatesOf<Cell>;
+    double link, dlink = 0;
+    cell.begin(gx, gh, next, link);
+    for (int g = kFree; g < Cell::kGates; ++g) gh[g] = gh_in[g] + link;
+    next[0] = prev[0];
+    cell.finish(gx, gh, next, saved);
+    cell.finish_backward(saved, prev, next, dstate, dgx);
+    for (int g = kFree; g < Cell::kGates; ++g) dlink += dgx[g];
+    cell.begin_backward(saved, prev, next, dlink, dstate, dgx, link);
+    for (int g = 0; g < Cell::kGates; ++g) dgh[g] = dgx[g];
+  } else {
+    RNNFAST_TARGET::cell_forward(cell, p, gx, gh, next, saved);
+    RNNFAST_TARGET::cell_backward(cell, p, dp, saved, prev, next, dstate, dgx, dgh);
+  }
   py::dict result;
   result["state"] = std::vector<double>(next, next + Cell::kStates);
   result["dstate"] = std::vector<double>(dstate, dstate + Cell::kStates);
@@ -137,6 +151,7 @@ std::vector<py::dict> cells() {
     entry["parameters"] = info.parameters;
     entry["dense"] = info.dense;
     entry["diagonal"] = info.diagonal;
+    entry["stages"] = info.stages;
     list.push_back(entry);
   }
   return list;

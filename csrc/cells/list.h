@@ -10,6 +10,7 @@
 
 #include "coupled_lstm.h"
 #include "gru.h"
+#include "gru_before.h"
 #include "indrnn.h"
 #include "lstm.h"
 #include "min_lstm.h"
@@ -45,5 +46,6 @@
   RNNFAST_CELLS_OF_ALL_TYPES(use)              \
   use(17, peephole_lstm, PeepholeLstmCell)     \
   use(18, sru, SruCell)                        \
-  use(19, coupled_lstm, CoupledLstmCell)
+  use(19, coupled_lstm, CoupledLstmCell)       \
+  use(20, gru_before, GruBeforeCell)
 // clang-format on

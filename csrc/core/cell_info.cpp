@@ -16,6 +16,7 @@ constexpr CellInfo info(const char* name, bool dot_kernels, bool half_kernels) {
           Cell::kRecurrence == RNNFAST_TARGET::Recurrence::kDiagonal,
           Cell::kSplitGates,
           RNNFAST_TARGET::kHasOptions<Cell>,
+          RNNFAST_TARGET::kHasStages<Cell>,
           dot_kernels,
           half_kernels};
 }

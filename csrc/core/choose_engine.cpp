@@ -128,6 +128,8 @@ Choice choose_engine(const Shape& s, const Machine& machine, const Wish& wish) {
   const int64_t panels = panels_of(cell, s.hidden_size);
   for (int64_t threads = 2;; threads = std::min<int64_t>(2 * threads, machine.max_threads)) {
     for (const Split split : {Split::kBatch, Split::kUnits}) {
+      // Stages want whole rows, so that nothing has to meet between them.
+      if (split == Split::kUnits && cell.stages) continue;
       const int64_t parts = split == Split::kBatch ? s.batch : panels;
       if (wanted >= 0) {
         if (static_cast<int>(split) == wanted && parts > 1)

@@ -118,6 +118,9 @@ std::string why_not_cell(const Shape& shape, Operand operand) {
   if (!cell.dense)
     return std::string("the on-chip engine needs a dense recurrence, got ") + cell.name +
            ", whose steps have no product";
+  if (cell.stages)
+    return std::string("the on-chip engine has one product a step and nothing behind it, got ") +
+           cell.name + ", whose steps have stages";
   if (cell.options)
     return std::string("the on-chip engine has no chosen activations and no bound of c, got ") +
            cell.name;

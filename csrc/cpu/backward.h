@@ -11,8 +11,10 @@
 
 #include <type_traits>
 
+#include "../cells/stages.h"
 #include "row_product.h"
 #include "share.h"
+#include "units.h"
 #include "weight_product.h"
 
 namespace rnnfast::RNNFAST_TARGET {
@@ -26,10 +28,23 @@ struct BackwardScratch {
   scalar_t* dp;                  // (chunk rows, parameter_row) of a cell with parameters
   scalar_t* dm;                  // (B, H) gradient of h before the projection
   scalar_t* dh_steps;            // (chunk rows, P) total gradient of the projected h
-  scalar_t *x_packed, *h_packed, *m_packed;  // right sides of the weight gradients
-  scalar_t* a_tiles;                         // (workers, kLeftTiles tiles of chunk rows) left side
-  int64_t capacity, gate_row, parameter_row, a_tiles_size;
+  // Of a cell with stages: the packed part of w_hh that its link is multiplied with, (B, link_row)
+  // of the link's gradient, and the links of the chunk, (chunk rows, link_row).
+  scalar_t *w_link, *dlink, *links;
+  scalar_t *x_packed, *h_packed, *m_packed, *link_packed;  // right sides of weight gradients
+  scalar_t* a_tiles;  // (workers, kLeftTiles tiles of chunk rows) left side
+  int64_t capacity, gate_row, parameter_row, link_row, a_tiles_size;
 };
+
+// Rows of w_hh that h is multiplied with, and those of the link.
+template <class Cell>
+int64_t free_rows(int64_t hidden_size) {
+  return kFreeGatesOf<Cell> * hidden_size;
+}
+template <class Cell>
+int64_t linked_rows(int64_t hidden_size) {
+  return kLinkedGatesOf<Cell> * hidden_size;
+}
 
 template <class Cell, class scalar_t>
 BackwardScratch<scalar_t> backward_scratch(const BackwardArgs<scalar_t>& args, const Choice& choice,
@@ -42,7 +57,7 @@ BackwardScratch<scalar_t> backward_scratch(const BackwardArgs<scalar_t>& args, c
   s.capacity = chunk_capacity(args.rows, args.batch, kBackwardChunkRows);
   s.gate_row = gates + kMaxRows + lanes_of<scalar_t>;
   if (kDense && choice.kernel_hh == Kernel::kPacked)
-    s.w_hh = arena.take<scalar_t>(outputs.padded() * gates);
+    s.w_hh = arena.take<scalar_t>(outputs.padded() * free_rows<Cell>(args.hidden_size));
   if (args.w_hr && choice.kernel_hh == Kernel::kPacked)
     s.w_hr = arena.take<scalar_t>(units.padded() * args.output_size);
   if (args.dx && choice.kernel_ih == Kernel::kPacked)
@@ -57,6 +72,16 @@ BackwardScratch<scalar_t> backward_scratch(const BackwardArgs<scalar_t>& args, c
   if (args.w_hr) {
     s.dm = arena.take<scalar_t>(args.batch * units.padded());
     s.dh_steps = arena.take<scalar_t>(s.capacity * args.output_size + 2 * kLeftTiles * kMaxRows);
+  }
+  if constexpr (kHasStages<Cell>) {
+    s.link_row = units.padded() + lanes_of<scalar_t>;
+    s.dlink = arena.take<scalar_t>(args.batch * s.link_row);
+    if (kLinkedGatesOf<Cell> > 0) {
+      if (choice.kernel_hh == Kernel::kPacked)
+        s.w_link = arena.take<scalar_t>(outputs.padded() * linked_rows<Cell>(args.hidden_size));
+      s.links = arena.take<scalar_t>(s.capacity * s.link_row);
+      if (args.dw_hh) s.link_packed = arena.take<scalar_t>(outputs.padded() * s.capacity);
+    }
   }
   if (args.dw_ih) s.x_packed = arena.take<scalar_t>(inputs.padded() * s.capacity);
   if (args.dw_hh && kDense) s.h_packed = arena.take<scalar_t>(outputs.padded() * s.capacity);
@@ -82,7 +107,7 @@ class BackwardPass {
 
   // Packs the loop's weights (shared: a barrier follows) and starts the carried gradients.
   void start() {
-    const int64_t gates = Cell::kGates * args_.hidden_size;
+    const int64_t gates = free_rows<Cell>(args_.hidden_size);
     const Range packs = part_of(outputs_.count(), worker_.index, worker_.count);
     if (s_.w_hh)
       for (int64_t p = packs.begin; p < packs.end; ++p)
@@ -160,7 +185,7 @@ class BackwardPass {
   // h before the projection
   const scalar_t* hidden_of(int64_t row) const { return saved_plane(row, planes_ - 1); }
 
- private:
+ protected:
   static constexpr int64_t kLanes = lanes_of<scalar_t>;
   using V = vector_of<scalar_t>;
 
@@ -276,24 +301,6 @@ class BackwardPass {
       store_units(inner_gradient(k, b) + unit, dstate[k], left);
   }
 
-  template <class W>
-  RNNFAST_HD static W load_units(const scalar_t* from, int64_t left) {
-    if constexpr (std::is_same_v<W, V>) {
-      return load_part(from, left);
-    } else {
-      W pair;
-      __builtin_memcpy(&pair, from, sizeof(pair));
-      return pair;
-    }
-  }
-  template <class W>
-  RNNFAST_HD static void store_units(scalar_t* to, W values, int64_t left) {
-    if constexpr (std::is_same_v<W, V>)
-      store_part(to, values, left);
-    else
-      __builtin_memcpy(to, &values, sizeof(values));
-  }
-
   scalar_t* inner_gradient(int k, int64_t b) const {
     return s_.dc + ((k - 1) * args_.batch + b) * args_.hidden_size;
   }
@@ -301,7 +308,7 @@ class BackwardPass {
   // dh += dgh . w_hh for own rows and outputs.
   void carry_back(int64_t row, int64_t count) {
     row_product(outputs_, mine_.output_panels, count, !args_.w_hr, s_.dgh + row * s_.gate_row,
-                s_.gate_row, {args_.w_hh, s_.w_hh, Cell::kGates * args_.hidden_size},
+                s_.gate_row, {args_.w_hh, s_.w_hh, free_rows<Cell>(args_.hidden_size)},
                 s_.dh + mine_.rows.begin * args_.output_size, args_.output_size);
   }
 

@@ -7,7 +7,7 @@
 // that one barrier a step is enough.
 #pragma once
 
-#include "forward_scratch.h"
+#include "staged_forward.h"
 
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
@@ -26,13 +26,13 @@ class ForwardPass {
         s_(scratch),
         worker_(worker),
         chunk_rows_(choice.chunk_rows),
-        gates_{args.hidden_size, Cell::kGates},
+        gates_(gate_panels<Cell, acc_t>(args.hidden_size)),
         outputs_{args.output_size, 1},
         mine_(share_of(args, choice, worker, gates_, outputs_)) {
-    gx_row_ = gates_.padded();
+    gx_row_ = scratch.gx_row;
     gx_ = scratch.gx + (mine_.by_units ? 0 : worker.index * scratch.gx_size);
     planes_ = Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0);
-    panel_by_panel_ = args.seq_len == 1 && inputs_in_place();
+    panel_by_panel_ = args.seq_len == 1 && inputs_in_place() && !kHasStages<Cell>;
     static thread_local unsigned calls = 0;
     sweep_ = ++calls;
   }
@@ -55,7 +55,11 @@ class ForwardPass {
         if (!panel_by_panel_) project_inputs(chunk);
       }
       if (args_.reset) reset_states(t, s_.h[current]);
-      recurrent_step(t, own_before_[t - chunk.begin], s_.h[current], s_.h[1 - current]);
+      const int64_t first = own_before_[t - chunk.begin];
+      if constexpr (kHasStages<Cell>)
+        staged_step(t, first, s_.h[current], s_.h[1 - current]);
+      else
+        recurrent_step(t, first, s_.h[current], s_.h[1 - current]);
       if (args_.w_hr) {
         share_units();
         project_hidden(t, s_.h[1 - current]);
@@ -95,13 +99,14 @@ class ForwardPass {
     for (int64_t p = packs.begin; p < packs.end; ++p) {
       if constexpr (std::is_same_v<weight_t, tensor_t>) {
         if (s_.w_ih_out) pack_weights<Format>(gates_, p, args_.input_size, args_.w_ih, s_.w_ih_out);
-        if (s_.w_hh_out)
+        if (s_.w_hh_out && !kHasStages<Cell>)
           pack_weights<Format>(gates_, p, args_.output_size, args_.w_hh, s_.w_hh_out);
       }
       if (args_.b_ih) pack_bias(gates_, p, args_.b_ih, s_.b_ih);
       if (args_.b_hh && Cell::kRecurrence != Recurrence::kDiagonal)
         pack_bias(gates_, p, args_.b_hh, s_.b_hh);
     }
+    if constexpr (kHasStages<Cell>) StagedForward<Cell, Format>(args_, s_).pack(worker_);
     if constexpr (std::is_same_v<weight_t, tensor_t>) {
       const Range mine_out = mine_.by_units
                                  ? mine_.output_panels
@@ -115,7 +120,7 @@ class ForwardPass {
   // h0 goes to both buffers: a row that enters late
   // (packed, reverse) finds it in whichever is current.
   void start_states() {
-    const Range units = columns_of(gates_, mine_.panels);
+    const Range units = own_units();
     const Range outputs = args_.w_hr ? columns_of(outputs_, mine_.output_panels) : units;
     for (int64_t b = mine_.rows.begin; b < mine_.rows.end; ++b) {
       for (int64_t u = outputs.begin; u < outputs.end; ++u)
@@ -132,7 +137,7 @@ class ForwardPass {
   // Zeroes what enters step t in rows that start anew there. Workers that divide the units see the
   // same rows, so that all of them meet, or none.
   void reset_states(int64_t t, acc_t* h) {
-    const Range units = columns_of(gates_, mine_.panels);
+    const Range units = own_units();
     const Range outputs = args_.w_hr ? columns_of(outputs_, mine_.output_panels) : units;
     const int64_t end = smaller(mine_.rows.end, active(args_, t));
     bool any = false;
@@ -147,12 +152,16 @@ class ForwardPass {
   }
 
   void write_inner_states() {
-    const Range units = columns_of(gates_, mine_.panels);
+    const Range units = own_units();
     for (int64_t k = 0; k < Cell::kStates - 1; ++k)
       for (int64_t b = mine_.rows.begin; b < mine_.rows.end; ++b) {
         const int64_t at = (k * args_.batch + b) * args_.hidden_size;
         convert(units.size(), s_.c + at + units.begin, args_.c_n + at + units.begin);
       }
+  }
+
+  Range own_units() const {
+    return kHasStages<Cell> ? Range{0, args_.hidden_size} : columns_of(gates_, mine_.panels);
   }
 
   int64_t own_rows(int64_t t) const {
@@ -260,9 +269,9 @@ class ForwardPass {
       return packed_product(gates_, p, rows, k_size, a, packed, start, out, out_row);
     if constexpr (!Format::kDot) {
       const int64_t unit = gates_.first(p), width = gates_.vectors_per_gate(p) * kLanes;
-      for (int g = 0; g < Cell::kGates; ++g)
+      for (int g = 0; g < gates_.gates; ++g)
         multiply_direct(rows, gates_.valid(p), k_size, a.rows, a.row,
-                        plain + (g * args_.hidden_size + unit) * k_size, k_size,
+                        plain + (g * gates_.units + unit) * k_size, k_size,
                         start ? start + g * width : nullptr, out + g * width, out_row);
     }
   }
@@ -285,6 +294,14 @@ class ForwardPass {
                Operands<acc_t, weight_t>{k_size, a.rows, a.row, 1, panel, vectors * kLanes, start,
                                          0, out, out_row});
     }
+  }
+
+  // Step t of a cell with stages, whose workers own rows.
+  void staged_step(int64_t t, int64_t first, const acc_t* h, acc_t* h_next) {
+    const int64_t count = own_rows(t), b = mine_.rows.begin;
+    if (count > 0)
+      StagedForward<Cell, Format>(args_, s_).step(t, {b, b + count}, gx_ + first * gx_row_, h,
+                                                  h_next, sweep_++ % 2);
   }
 
   // Step t: for each tile of rows and panel, gh = h . w_hh^T + b_hh, then the cell.
@@ -353,7 +370,7 @@ class ForwardPass {
                  acc_t* h_next) {
     const int64_t row = first_row(args_, t) + b;
     bool last[kRows];
-    for (int r = 0; r < kRows; ++r) last[r] = is_last(t, b + r);
+    for (int r = 0; r < kRows; ++r) last[r] = is_last(args_, t, b + r);
     const int vectors = gates_.vectors_per_gate(p);
     for (int v = 0; v < vectors; ++v) {
       const int64_t left = args_.hidden_size - gates_.first(p) - v * kLanes;
@@ -468,12 +485,6 @@ class ForwardPass {
     return s_.c + ((k - 1) * args_.batch + b) * args_.hidden_size;
   }
 
-  // Whether row b has no step after t.
-  bool is_last(int64_t t, int64_t b) const {
-    const int64_t next = args_.reverse ? t - 1 : t + 1;
-    return next < 0 || next >= args_.seq_len || b >= active(args_, next);
-  }
-
   // h = m . w_hr^T for the own columns of the output.
   void project_hidden(int64_t t, acc_t* h_next) {
     const int64_t count = own_rows(t);
@@ -494,7 +505,8 @@ class ForwardPass {
         if (args_.y)
           convert(valid, out + r * s_.h_row,
                   args_.y + (first_row(args_, t) + b) * outputs + column);
-        if (is_last(t, b)) convert(valid, out + r * s_.h_row, args_.h_n + b * outputs + column);
+        if (is_last(args_, t, b))
+          convert(valid, out + r * s_.h_row, args_.h_n + b * outputs + column);
       }
     }
   }

@@ -13,17 +13,18 @@ struct ForwardScratch {
   using acc_t = typename Format::acc_t;
   using weight_t = typename Format::weight_t;
   using operand_t = typename Format::operand_t;
-  PackedMatrix<Format> w_ih, w_hh, w_hr;  // panels null where the direct kernel runs
-  weight_t *w_ih_out, *w_hh_out, *w_hr_out;
+  PackedMatrix<Format> w_ih, w_hh, w_hr, w_link;  // panels null where the direct kernel runs
+  weight_t *w_ih_out, *w_hh_out, *w_hr_out, *w_link_out;
   acc_t *b_ih, *b_hh;
-  acc_t* gx;    // (chunk rows, panels) in panel order
-  acc_t* h[2];  // (B, h_row)
-  acc_t* m;     // (B, m_row): h before the projection
-  acc_t* c;     // (S-1, B, H): inner states, c_n itself where that has the type
+  acc_t* gx;         // (chunk rows, panels) in panel order
+  acc_t* h[2];       // (B, h_row)
+  acc_t* m;          // (B, m_row): h before the projection
+  acc_t* c;          // (S-1, B, H): inner states, c_n itself where that has the type
+  acc_t *gh, *link;  // of a cell with stages: (B, gh_row) and (B, h_row)
   // Rows as products want them, for each worker: of a chunk of x, of h or m.
   operand_t *x_rows, *h_rows;
   float *x_scales, *h_scales;
-  int64_t h_row, m_row, gx_size, x_size, h_size, x_scales_size;
+  int64_t h_row, m_row, gx_row, gx_size, x_size, h_size, x_scales_size;
 };
 
 template <class Cell, class Format>
@@ -41,24 +42,33 @@ ForwardScratch<Format> forward_scratch(const ForwardArgs<typename Format::tensor
     s.w_ih = sizes.matrix(args.packed, sizes.ih);
     if (sizes.hh.elements) s.w_hh = sizes.matrix(args.packed, sizes.hh);
     if (sizes.hr.elements) s.w_hr = sizes.matrix(args.packed, sizes.hr);
+    if (sizes.link.elements) s.w_link = sizes.matrix(args.packed, sizes.link);
   } else {
     if (choice.kernel_ih == Kernel::kPacked)
       s.w_ih.panels = s.w_ih_out = arena.take<weight_t>(sizes.ih.elements);
     if (choice.kernel_hh == Kernel::kPacked) {
       s.w_hh.panels = s.w_hh_out = arena.take<weight_t>(sizes.hh.elements);
       if (args.w_hr) s.w_hr.panels = s.w_hr_out = arena.take<weight_t>(sizes.hr.elements);
+      if (sizes.link.elements)
+        s.w_link.panels = s.w_link_out = arena.take<weight_t>(sizes.link.elements);
     }
   }
   s.w_ih.dot = args.dot_ih;
   s.w_hh.dot = s.w_hr.dot = args.dot_hh;
-  s.b_ih = arena.take<acc_t>(sizes.gates.padded());
-  s.b_hh = arena.take<acc_t>(sizes.gates.padded());
+  // Whole vectors are read wherever a gate begins.
+  s.gx_row = sizes.gates.padded() + (kHasStages<Cell> ? lanes : 0);
+  s.b_ih = arena.take<acc_t>(s.gx_row);
+  s.b_hh = arena.take<acc_t>(s.gx_row);
   // Workers that own rows are not always in the same chunk: each has a gx of its own.
   const int64_t chunk_rows = chunk_capacity(args.rows, args.batch, choice.chunk_rows);
-  s.gx_size = chunk_rows * sizes.gates.padded();
+  s.gx_size = chunk_rows * s.gx_row;
   s.gx = arena.take<acc_t>(s.gx_size * (choice.split == Split::kBatch ? choice.threads : 1));
   s.h[0] = arena.take<acc_t>(args.batch * s.h_row);
   s.h[1] = arena.take<acc_t>(args.batch * s.h_row);
+  if constexpr (kHasStages<Cell>) {
+    s.gh = arena.take<acc_t>(args.batch * s.gx_row);
+    s.link = arena.take<acc_t>(args.batch * s.h_row);
+  }
   if (args.w_hr) s.m = arena.take<acc_t>(args.batch * s.m_row);
   if constexpr (std::is_same_v<acc_t, typename Format::tensor_t>)
     s.c = args.c_n;

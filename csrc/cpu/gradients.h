@@ -6,7 +6,7 @@
 // on their number.
 #pragma once
 
-#include "backward.h"
+#include "staged_backward.h"
 
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
@@ -74,6 +74,18 @@ class GradientPass {
       if (args_.dw_hh) diagonal_gradient(gates, chunk, rows, first);
     } else if constexpr (Cell::kRecurrence == Recurrence::kNone) {
       add_product(gates, s_.dgx, s_.gate_row, x);
+    } else if constexpr (kLinkOf<Cell> == Link::kProduct) {
+      // Gates that h is multiplied with, then those of the link: both sums have the same left side.
+      const int64_t I = args_.input_size, P = args_.output_size,
+                    linked = free_rows<Cell>(args_.hidden_size);
+      const auto below = [&](scalar_t* out, int64_t columns) {
+        return out ? out + linked * columns : nullptr;
+      };
+      const Right<scalar_t> x_linked{inputs_, s_.x_packed, below(args_.dw_ih, I)},
+          link{outputs_, s_.link_packed, below(args_.dw_hh, P)};
+      add_product(part_of(linked, worker_.index, worker_.count), s_.dgx, s_.gate_row, x, h);
+      add_product(part_of(linked_rows<Cell>(args_.hidden_size), worker_.index, worker_.count),
+                  s_.dgx + linked, s_.gate_row, x_linked, link);
     } else if constexpr (Cell::kSplitGates) {
       add_product(gates, s_.dgx, s_.gate_row, x);
       add_product(gates, s_.dgh, s_.gate_row, h);
@@ -140,6 +152,13 @@ class GradientPass {
             },
             s_.h_packed);
       }
+    }
+    if (s_.link_packed) {
+      const Range mine = part_of(outputs_.count(), worker_.index, worker_.count);
+      for (int64_t p = mine.begin; p < mine.end; ++p)
+        pack_rows(
+            outputs_, p, rows, [&](int64_t k) { return s_.links + k * s_.link_row; },
+            s_.link_packed);
     }
     if (s_.m_packed) {
       const Range mine = part_of(units_.count(), worker_.index, worker_.count);
@@ -213,7 +232,9 @@ class GradientPass {
 template <class Cell, class scalar_t>
 void run_backward(const BackwardArgs<scalar_t>& args, const Choice& choice,
                   const BackwardScratch<scalar_t>& scratch, const Worker& worker) {
-  BackwardPass<Cell, scalar_t> loop(args, choice, scratch, worker);
+  using Loop = std::conditional_t<kHasStages<Cell>, StagedBackward<Cell, scalar_t>,
+                                  BackwardPass<Cell, scalar_t>>;
+  Loop loop(args, choice, scratch, worker);
   GradientPass<Cell, scalar_t> gradients(args, scratch, loop, worker);
   gradients.start();
   loop.start();

@@ -35,7 +35,10 @@ struct Forward {
         pack_weights<Format>(panels, p, k_size, w, reinterpret_cast<tensor_t*>(packed + to.panels));
     };
     part(layout.gates, layout.ih, args.input_size, args.w_ih);
-    part(layout.gates, layout.hh, args.output_size, args.w_hh);
+    part(layout.free_gates, layout.hh, args.output_size, args.w_hh);
+    if constexpr (kLinkedGatesOf<Cell> > 0)
+      part(layout.linked_gates, layout.link, args.output_size,
+           args.w_hh + layout.free_gates.units * args.output_size);
     part(layout.outputs, layout.hr, args.hidden_size, args.w_hr);
   }
   static constexpr ForwardKernels<tensor_t> table() { return {scratch, run, packed_bytes, pack}; }

@@ -2,11 +2,21 @@
 // bytes, their scales and sums.
 #pragma once
 
-#include "../cells/cell.h"
+#include "../cells/stages.h"
 #include "formats.h"
 
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
+
+// The gates of a unit side by side; of a cell with stages, which needs whole rows of them, gate by
+// gate as PyTorch has them.
+template <class Cell, class acc_t>
+Panels<acc_t> gate_panels(int64_t hidden_size, int gates = Cell::kGates) {
+  if constexpr (kHasStages<Cell>)
+    return {gates * hidden_size, 1};
+  else
+    return {hidden_size, gates};
+}
 
 template <class Format>
 struct PackedMatrix {
@@ -26,15 +36,20 @@ struct PackedLayout {
     int64_t elements = 0, panels = 0, scale = 0, sum = 0;
   };
   Panels<typename Format::acc_t> gates, outputs;
-  Part ih, hh, hr;
+  Panels<typename Format::acc_t> free_gates, linked_gates;  // of w_hh: cells/stages.h
+  Part ih, hh, hr, link;
   int64_t bytes = 0;
 
   RNNFAST_HD PackedLayout(int64_t input_size, int64_t hidden_size, int64_t output_size,
                           bool projection)
-      : gates{hidden_size, Cell::kGates}, outputs{output_size, 1} {
+      : gates(gate_panels<Cell, typename Format::acc_t>(hidden_size)),
+        outputs{output_size, 1},
+        free_gates(gate_panels<Cell, typename Format::acc_t>(hidden_size, kFreeGatesOf<Cell>)),
+        linked_gates(gate_panels<Cell, typename Format::acc_t>(hidden_size, kLinkedGatesOf<Cell>)) {
     place(ih, gates.padded(), input_size);
-    if (Cell::kRecurrence == Recurrence::kDense) place(hh, gates.padded(), output_size);
+    if (Cell::kRecurrence == Recurrence::kDense) place(hh, free_gates.padded(), output_size);
     if (projection) place(hr, outputs.padded(), hidden_size);
+    if (kLinkedGatesOf<Cell> > 0) place(link, linked_gates.padded(), output_size);
   }
 
   PackedMatrix<Format> matrix(const char* base, const Part& part) const {

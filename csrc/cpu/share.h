@@ -46,6 +46,13 @@ RNNFAST_HD int64_t continuing(const LayerArgs<scalar_t>& args, int64_t t) {
   return p < 0 || p >= args.seq_len ? 0 : smaller(active(args, p), active(args, t));
 }
 
+// Whether row b has no step after t.
+template <class scalar_t>
+RNNFAST_HD bool is_last(const LayerArgs<scalar_t>& args, int64_t t, int64_t b) {
+  const int64_t next = args.reverse ? t - 1 : t + 1;
+  return next < 0 || next >= args.seq_len || b >= active(args, next);
+}
+
 // Rows of the batch for part `index` of `count`, with nearly equal numbers of valid steps.
 template <class scalar_t>
 Range rows_part(const LayerArgs<scalar_t>& args, int64_t index, int64_t count) {

@@ -7,6 +7,7 @@
 #include "rows.cuh"
 #include "schedule.h"
 #include "stage.h"
+#include "staged_backward.cuh"
 #include "step_backward.cuh"
 
 namespace rnnfast::RNNFAST_TARGET {
@@ -40,6 +41,10 @@ class BackwardPass {
       dm_ = args.dm ? args.dm : arena.take<scalar_t>(N * P);
       dh_whole_ = arena.take<acc_t>(B * H);
       if (args.dw_hr) m_ = arena.take<scalar_t>(N * H);
+    }
+    if constexpr (kHasStages<Cell>) {
+      dlink_ = arena.take<acc_t>(B * H);
+      if (kLinkedGatesOf<Cell> > 0 && args.dw_hh) links_ = arena.take<scalar_t>(N * H);
     }
     slice_ = std::max<int64_t>(64, (N + kMostSlices - 1) / kMostSlices);
     parts_ = arena.take<acc_t>((N + slice_ - 1) / slice_ *
@@ -103,12 +108,16 @@ class BackwardPass {
     p.dgx = dgx_ + rows.first_row * gate_rows_;
     p.dgh = dgh_ + rows.first_row * gate_rows_;
     p.h_entered = keeps_h_ && !args_.w_hr ? h_entered_ + rows.first_row * P : nullptr;
-    stage.launch("backward_steps", backward_steps<Cell, scalar_t>, p, rows.rows, H, index > 0);
+    if constexpr (kHasStages<Cell>)
+      staged_step(stage, p, rows, index > 0);
+    else
+      stage.launch("backward_steps", backward_steps<Cell, scalar_t>, p, rows.rows, H, index > 0);
 
     // The way back through w_hh, for the step before and for h0.
     if (kDense)
-      stage.rows_by_columns(args_.dh0 ? entry.rows : entry.before, P, gate_rows_,
-                            dgh_ + entry.first_row * gate_rows_, args_.w_hh, dh_, Cell::kReadsH);
+      stage.rows_by_columns(args_.dh0 ? entry.rows : entry.before, P, kFreeGatesOf<Cell> * H,
+                            dgh_ + entry.first_row * gate_rows_, gate_rows_, args_.w_hh, dh_,
+                            Cell::kReadsH);
     finish(stage, entry);
     return count;
   }
@@ -120,7 +129,7 @@ class BackwardPass {
     const StepRows rows =
         schedule_.all(last - (schedule_.end_of(chunk) - 1), last - schedule_.first_of(chunk) + 1);
     stage.rows_by_columns(rows.rows, args_.input_size, gate_rows_,
-                          dgx_ + rows.first_row * gate_rows_, args_.w_ih,
+                          dgx_ + rows.first_row * gate_rows_, gate_rows_, args_.w_ih,
                           args_.dx + rows.first_row * args_.input_size);
   }
 
@@ -128,7 +137,7 @@ class BackwardPass {
     const int64_t N = args_.rows, I = args_.input_size, H = args_.hidden_size,
                   P = args_.output_size;
     if (args_.dw_ih)
-      stage.columns_by_columns(gate_rows_, I, N, dgx_, args_.x.data, args_.x.row_stride,
+      stage.columns_by_columns(gate_rows_, I, N, dgx_, gate_rows_, args_.x.data, args_.x.row_stride,
                                args_.dw_ih);
     if (kHasHidden && args_.dw_hh) {
       // Pairs of a step and what entered it: rows of y one step away, or those that were kept.
@@ -142,13 +151,17 @@ class BackwardPass {
       if (!kDense)
         sum_columns(stage, pairs, gate_rows_, dgh, h, args_.dw_hh, nullptr);
       else
-        stage.columns_by_columns(gate_rows_, P, pairs, dgh, h, P, args_.dw_hh);
+        stage.columns_by_columns(kFreeGatesOf<Cell> * H, P, pairs, dgh, gate_rows_, h, P,
+                                 args_.dw_hh);
+      if (links_)
+        stage.columns_by_columns(kLinkedGatesOf<Cell> * H, P, N, dgh_ + kFreeGatesOf<Cell> * H,
+                                 gate_rows_, links_, P, args_.dw_hh + kFreeGatesOf<Cell> * H * P);
     }
     if (args_.dw_hr) {
       const CopyRows<acc_t, scalar_t> p{N, H,      args_.saved + (planes_ - 1) * H, planes_ * H, m_,
                                         H, nullptr};
       stage.launch("copy_rows", copy_rows<acc_t, scalar_t>, p, N, H);
-      stage.columns_by_columns(P, H, N, dm_, m_, H, args_.dw_hr);
+      stage.columns_by_columns(P, H, N, dm_, P, m_, H, args_.dw_hr);
     }
     if (Cell::kSplitGates) {
       if (args_.db_ih) sum_columns(stage, N, gate_rows_, dgx_, nullptr, args_.db_ih, nullptr);
@@ -166,6 +179,19 @@ class BackwardPass {
   static constexpr bool kHasHidden = Cell::kRecurrence != Recurrence::kNone;
   static constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
   static constexpr int64_t kMostSlices = 512;
+
+  // The halves of a cell with stages, the second one first.
+  void staged_step(Stage& stage, const BackwardSteps<scalar_t>& steps, const StepRows& rows,
+                   bool after_product) {
+    const int64_t H = args_.hidden_size, free = kFreeGatesOf<Cell> * H;
+    StagedBackward<scalar_t> p{steps, dlink_, links_ ? links_ + rows.first_row * H : nullptr};
+    stage.launch("finish_backward", finish_backward<Cell, scalar_t>, p, rows.rows, H,
+                 after_product);
+    if constexpr (kLinkOf<Cell> == Link::kProduct)
+      stage.rows_by_columns(rows.rows, H, kLinkedGatesOf<Cell> * H, steps.dgx + free, gate_rows_,
+                            args_.w_hh + free * H, dlink_);
+    stage.launch("begin_backward", begin_backward<Cell, scalar_t>, p, rows.rows, H, true);
+  }
 
   // All steps [index, end), counted from the last one down, in one launch.
   int64_t on_chip(Stage& stage, int64_t index, int64_t end) {
@@ -231,7 +257,7 @@ class BackwardPass {
     p.dm = dm_ + rows.first_row * P;
     p.h_entered = keeps_h_ ? h_entered_ + rows.first_row * P : nullptr;
     stage.launch("gather_projected", gather_projected<scalar_t>, p, rows.rows, P);
-    stage.rows_by_columns(rows.rows, args_.hidden_size, P, p.dm, args_.w_hr, dh_whole_);
+    stage.rows_by_columns(rows.rows, args_.hidden_size, P, p.dm, P, args_.w_hr, dh_whole_);
   }
 
   // Gradients of the initial states, of rows that have no step before.
@@ -261,8 +287,8 @@ class BackwardPass {
   OnchipRun onchip_;
   int64_t gate_rows_, planes_, slice_;
   bool plain_, keeps_h_;  // whether h as it entered is y of the step before; whether it is kept
-  scalar_t *dgx_, *dgh_, *dp_, *h_entered_, *dm_ = nullptr, *m_ = nullptr;
-  acc_t *dh_, *dc_, *dh_whole_ = nullptr, *parts_;
+  scalar_t *dgx_, *dgh_, *dp_, *h_entered_, *dm_ = nullptr, *m_ = nullptr, *links_ = nullptr;
+  acc_t *dh_, *dc_, *dh_whole_ = nullptr, *parts_, *dlink_ = nullptr;
 };
 
 }  // namespace

@@ -5,7 +5,7 @@
 #include "onchip_launch.h"
 #include "schedule.h"
 #include "stage.h"
-#include "step_forward.cuh"
+#include "staged_forward.cuh"
 
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
@@ -24,6 +24,7 @@ class ForwardPass {
     const int64_t H = args.hidden_size, B = args.batch;
     gx_ = arena.take<acc_t>(std::min(args.rows, choice.chunk_steps * B) * gate_rows_);
     gh_ = arena.take<acc_t>(!kDense || onchip_ ? 0 : B * gate_rows_);
+    if constexpr (kHasStages<Cell>) link_ = arena.take<scalar_t>(B * H);
     m_ = arena.take<scalar_t>(args.w_hr ? B * H : 0);
     carry_ = arena.take<acc_t>((Cell::kStates - 1 + (kWideH || onchip_)) * B * H);
   }
@@ -73,7 +74,10 @@ class ForwardPass {
     p.planes = Cell::kSaved + Cell::kStates - 1 + (args_.w_hr ? 1 : 0);
     p.saved = args_.saved ? args_.saved + rows.first_row * p.planes * H : nullptr;
     p.projected = args_.w_hr != nullptr;
-    stage.launch("forward_steps", forward_steps<Cell, scalar_t>, p, rows.rows, H, product);
+    if constexpr (kHasStages<Cell>)
+      staged_step(stage, p, product);
+    else
+      stage.launch("forward_steps", forward_steps<Cell, scalar_t>, p, rows.rows, H, product);
     if (args_.w_hr) project(stage, rows);
     return count;
   }
@@ -85,6 +89,17 @@ class ForwardPass {
   static constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
   static constexpr bool kWideH = ForwardUnit<Cell, scalar_t>::kWideH;
   static constexpr bool kHasTiles = has_tiles<Cell, scalar_t>();
+
+  // The halves of a cell with stages, and what stands between.
+  void staged_step(Stage& stage, const ForwardSteps<scalar_t>& steps, bool after_product) {
+    const int64_t H = args_.hidden_size, free = kFreeGatesOf<Cell> * H;
+    const StagedForward<scalar_t> p{steps, gh_, link_, gh_ + args_.batch * free};
+    stage.launch("begin_forward", begin_forward<Cell, scalar_t>, p, steps.rows, H, after_product);
+    if constexpr (kLinkOf<Cell> == Link::kProduct)
+      stage.rows_by_rows(steps.rows, kLinkedGatesOf<Cell> * H, H, link_, H, args_.w_hh + free * H,
+                         p.linked);
+    stage.launch("finish_forward", finish_forward<Cell, scalar_t>, p, steps.rows, H, true);
+  }
 
   // All steps [begin, end) in one launch.
   int64_t on_chip(Stage& stage, int64_t begin, int64_t end) {
@@ -117,10 +132,11 @@ class ForwardPass {
   // gh = h w_hh^T of the rows that have an h: from y of the step before, and from h0.
   bool multiply(Stage& stage, const StepRows& rows, const scalar_t* before) {
     const int64_t P = args_.output_size;
-    stage.rows_by_rows(rows.before, gate_rows_, P, before, P, args_.w_hh, gh_);
+    const int64_t columns = kFreeGatesOf<Cell> * args_.hidden_size;
+    stage.rows_by_rows(rows.before, columns, P, before, P, args_.w_hh, gh_);
     if (!args_.h0) return rows.before > 0;
-    stage.rows_by_rows(rows.rows - rows.before, gate_rows_, P, args_.h0 + rows.before * P, P,
-                       args_.w_hh, gh_ + rows.before * gate_rows_);
+    stage.rows_by_rows(rows.rows - rows.before, columns, P, args_.h0 + rows.before * P, P,
+                       args_.w_hh, gh_ + rows.before * columns);
     return true;
   }
 
@@ -137,7 +153,7 @@ class ForwardPass {
   OnchipRun onchip_;
   int64_t gate_rows_, chunk_row_ = 0;
   acc_t *gx_, *gh_, *carry_;
-  scalar_t* m_;
+  scalar_t *m_, *link_ = nullptr;
 };
 
 }  // namespace

@@ -151,15 +151,15 @@ class Stage {
   }
   // C (m, n) = A (m, k) B (k, n).
   template <class scalar_t, class out_t>
-  void rows_by_columns(int64_t m, int64_t n, int64_t k, const scalar_t* a, const scalar_t* b,
-                       out_t* c, bool add = false) {
-    product<scalar_t>(kBlasPlain, kBlasPlain, n, m, k, b, n, a, k, c, add);
+  void rows_by_columns(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t a_row,
+                       const scalar_t* b, out_t* c, bool add = false) {
+    product<scalar_t>(kBlasPlain, kBlasPlain, n, m, k, b, n, a, a_row, c, add);
   }
   // C (m, n) = A (k, m)^T B (k, n).
   template <class scalar_t, class out_t>
-  void columns_by_columns(int64_t m, int64_t n, int64_t k, const scalar_t* a, const scalar_t* b,
-                          int64_t b_row, out_t* c) {
-    product<scalar_t>(kBlasPlain, kBlasTransposed, n, m, k, b, b_row, a, m, c, false);
+  void columns_by_columns(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t a_row,
+                          const scalar_t* b, int64_t b_row, out_t* c) {
+    product<scalar_t>(kBlasPlain, kBlasTransposed, n, m, k, b, b_row, a, a_row, c, false);
   }
 
  private:

@@ -3,7 +3,7 @@
 // one launch.
 #pragma once
 
-#include "../cells/cell.h"
+#include "../cells/stages.h"
 #include "threads.cuh"
 
 namespace rnnfast::RNNFAST_TARGET {
@@ -40,29 +40,24 @@ struct BackwardSteps {
   scalar_t* h_entered;
 };
 
+// What a thread has in registers: one unit of one row.
 template <class Cell, class scalar_t>
-__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
-    backward_steps(const BackwardSteps<scalar_t> p) {
+struct BackwardUnit {
   using acc_t = accumulator_of<scalar_t>;
-  constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
-  constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
-  constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
-  const int64_t unit = first_column();
-  const int64_t H = p.hidden;
-  wait_for_launch_before();
-  if (unit >= H) return;
-  const acc_t u = kDiagonal ? widen(p.u[unit]) : acc_t{};
-  constexpr int kParameters = kParametersOf<Cell>;
-  acc_t params[at_least_one<kParameters>] = {};
-  RNNFAST_UNROLL
-  for (int k = 0; k < kParameters; ++k)
-    if (p.parameters) params[k] = widen(p.parameters[k * H + unit]);
+  static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
 
-  for (int64_t row = first_row(); row < p.rows; row += row_stride()) {
-    // What comes from the step after; a row that started anew there sends nothing back.
+  const BackwardSteps<scalar_t>& p;
+  int64_t row, unit;
+  acc_t dstate[S], saved[at_least_one<K>], prev[S], next[S];
+
+  __device__ BackwardUnit(const BackwardSteps<scalar_t>& steps, int64_t column)
+      : p(steps), row(0), unit(column) {}
+
+  // What comes from the step after; a row that started anew there sends nothing back.
+  __device__ void load_gradients() {
+    const int64_t H = p.hidden;
     const bool goes_on = row < p.goes_on;
     const bool cut = goes_on && p.reset_after && p.reset_after[row];
-    acc_t dstate[S];
     dstate[0] = acc_t{};
     if (p.dh_whole) {
       dstate[0] = p.dh_whole[row * H + unit];
@@ -81,68 +76,101 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
         dstate[s] = widen(p.dc_n[at]);
       }
     }
+  }
+  __device__ void add_dy(int64_t step) {
+    if (p.dy.data)
+      dstate[0] += widen(p.dy.data[step * p.dy.step_stride + row * p.dy.row_stride + unit]);
+  }
 
+  // What forward kept, and the states before and after the step; whether the row starts anew.
+  __device__ bool load_states(int64_t step) {
+    const int64_t at = step * p.row_step + row, H = p.hidden;
+    const bool anew = p.reset && p.reset[at];
+    const acc_t* kept = p.saved + at * p.planes * H + unit;
+    RNNFAST_UNROLL
+    for (int j = 0; j < K; ++j) saved[j] = kept[j * H];
+    prev[0] = next[0] = acc_t{};
+    if (p.y) next[0] = widen(p.y[at * H + unit]);
+    if (!anew && (Cell::kReadsH || p.h_entered)) {
+      if (step + 1 < p.steps)
+        prev[0] = widen(p.y[(at + p.row_step) * H + unit]);
+      else if (row < p.carried)
+        prev[0] = widen(p.y_before[row * H + unit]);
+      else if (p.h0)
+        prev[0] = widen(p.h0[row * H + unit]);
+    }
+    RNNFAST_UNROLL
+    for (int s = 1; s < S; ++s) {
+      next[s] = kept[(K + s - 1) * H];
+      prev[s] = acc_t{};
+      if (anew) continue;
+      if (step + 1 < p.steps)
+        prev[s] = kept[(p.row_step * p.planes + K + s - 1) * H];
+      else if (row < p.carried)
+        prev[s] = p.saved_before[(row * p.planes + K + s - 1) * H + unit];
+      else if (p.c0)
+        prev[s] = widen(p.c0[(s - 1) * p.carry_plane + row * H + unit]);
+    }
+    return anew;
+  }
+
+  // To the step before, but for the way through a product, which adds to dh.
+  __device__ void store_gradients() const {
+    if (Cell::kRecurrence != Recurrence::kDense || Cell::kReadsH)
+      p.dh[row * p.hidden + unit] = dstate[0];
+    RNNFAST_UNROLL
+    for (int s = 1; s < S; ++s) p.dc[(s - 1) * p.carry_plane + row * p.hidden + unit] = dstate[s];
+  }
+};
+
+template <class Cell, class scalar_t>
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
+    backward_steps(const BackwardSteps<scalar_t> p) {
+  using acc_t = accumulator_of<scalar_t>;
+  constexpr int G = Cell::kGates, S = Cell::kStates;
+  constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
+  constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
+  const int64_t H = p.hidden;
+  BackwardUnit<Cell, scalar_t> unit(p, first_column());
+  wait_for_launch_before();
+  if (unit.unit >= H) return;
+  const acc_t u = kDiagonal ? widen(p.u[unit.unit]) : acc_t{};
+  constexpr int kParameters = kParametersOf<Cell>;
+  acc_t params[at_least_one<kParameters>] = {};
+  RNNFAST_UNROLL
+  for (int k = 0; k < kParameters; ++k)
+    if (p.parameters) params[k] = widen(p.parameters[k * H + unit.unit]);
+
+  for (unit.row = first_row(); unit.row < p.rows; unit.row += row_stride()) {
+    unit.load_gradients();
     for (int64_t step = 0; step < p.steps; ++step) {
-      const int64_t at = step * p.row_step + row;
-      if (p.dy.data)
-        dstate[0] += widen(p.dy.data[step * p.dy.step_stride + row * p.dy.row_stride + unit]);
-      // The states before and after the step.
-      const bool anew = p.reset && p.reset[at];
-      acc_t saved[at_least_one<K>] = {}, prev[S], next[S];
-      const acc_t* kept = p.saved + at * p.planes * H + unit;
-      RNNFAST_UNROLL
-      for (int j = 0; j < K; ++j) saved[j] = kept[j * H];
-      prev[0] = next[0] = acc_t{};
-      if (p.y) next[0] = widen(p.y[at * H + unit]);
-      if (!anew && (Cell::kReadsH || p.h_entered)) {
-        if (step + 1 < p.steps)
-          prev[0] = widen(p.y[(at + p.row_step) * H + unit]);
-        else if (row < p.carried)
-          prev[0] = widen(p.y_before[row * H + unit]);
-        else if (p.h0)
-          prev[0] = widen(p.h0[row * H + unit]);
-      }
-      RNNFAST_UNROLL
-      for (int s = 1; s < S; ++s) {
-        next[s] = kept[(K + s - 1) * H];
-        prev[s] = acc_t{};
-        if (anew) continue;
-        if (step + 1 < p.steps)
-          prev[s] = kept[(p.row_step * p.planes + K + s - 1) * H];
-        else if (row < p.carried)
-          prev[s] = p.saved_before[(row * p.planes + K + s - 1) * H + unit];
-        else if (p.c0)
-          prev[s] = widen(p.c0[(s - 1) * p.carry_plane + row * H + unit]);
-      }
-
+      const int64_t at = step * p.row_step + unit.row;
+      unit.add_dy(step);
+      const bool anew = unit.load_states(step);
       acc_t dgx[G], dgh[G], dparams[at_least_one<kParameters>] = {};
-      cell_backward(make_cell<Cell>(p.options), params, dparams, saved, prev, next, dstate, dgx,
-                    dgh);
+      cell_backward(make_cell<Cell>(p.options), params, dparams, unit.saved, unit.prev, unit.next,
+                    unit.dstate, dgx, dgh);
       RNNFAST_UNROLL
       for (int k = 0; k < kParameters; ++k)
-        narrow(dparams[k], p.dp[(at * kParameters + k) * H + unit]);
+        narrow(dparams[k], p.dp[(at * kParameters + k) * H + unit.unit]);
 
-      scalar_t* const to_gx = p.dgx + at * G * H + unit;
+      scalar_t* const to_gx = p.dgx + at * G * H + unit.unit;
       RNNFAST_UNROLL
       for (int g = 0; g < G; ++g) narrow(dgx[g], to_gx[g * H]);
       if constexpr (Cell::kSplitGates) {
-        scalar_t* const to_gh = p.dgh + at * G * H + unit;
+        scalar_t* const to_gh = p.dgh + at * G * H + unit.unit;
         RNNFAST_UNROLL
         for (int g = 0; g < G; ++g) narrow(dgh[g], to_gh[g * H]);
       }
-      if (p.h_entered) narrow(prev[0], p.h_entered[at * H + unit]);
-      if constexpr (kDiagonal) dstate[0] += u * dgh[0];
+      if (p.h_entered) narrow(unit.prev[0], p.h_entered[at * H + unit.unit]);
+      if constexpr (kDiagonal) unit.dstate[0] += u * dgh[0];
       if constexpr (!kDense) {
         if (!anew || step + 1 == p.steps) continue;
         RNNFAST_UNROLL
-        for (int s = 0; s < S; ++s) dstate[s] = acc_t{};
+        for (int s = 0; s < S; ++s) unit.dstate[s] = acc_t{};
       }
     }
-
-    // What goes to the step before; a product adds the way through w_hh to dh.
-    if (!kDense || Cell::kReadsH) p.dh[row * H + unit] = dstate[0];
-    RNNFAST_UNROLL
-    for (int s = 1; s < S; ++s) p.dc[(s - 1) * p.carry_plane + row * H + unit] = dstate[s];
+    unit.store_gradients();
   }
 }
 

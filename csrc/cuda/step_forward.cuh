@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "../cells/cell.h"
+#include "../cells/stages.h"
 #include "threads.cuh"
 
 namespace rnnfast::RNNFAST_TARGET {
@@ -24,7 +24,7 @@ struct ForwardSteps {
   int64_t row_step;     // rows from one step to the next
   int64_t carry_plane;  // B * H
   const acc_t* gx;      // (rows, G*H)
-  const acc_t* gh;      // (rows, G*H) of the product, of rows that have one
+  const acc_t* gh;      // (rows, G*H) of the product, of rows that have one; of free gates only
   int64_t products;     // rows [0, products) have one; of the others it is zero
   const scalar_t* u;    // (H) of a diagonal recurrence
   const scalar_t *b_ih, *b_hh;  // b_hh: then a cell's parameters
@@ -43,6 +43,7 @@ template <class Cell, class scalar_t>
 struct ForwardUnit {
   using acc_t = accumulator_of<scalar_t>;
   static constexpr int G = Cell::kGates, S = Cell::kStates, K = Cell::kSaved;
+  static constexpr int F = kFreeGatesOf<Cell>;  // that are multiplied with h
   static constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
   static constexpr bool kDiagonal = Cell::kRecurrence == Recurrence::kDiagonal;
   // y rounds h, which is then carried beside it where the next state needs it.
@@ -89,15 +90,19 @@ struct ForwardUnit {
     }
   }
 
-  __device__ void take(int64_t step, const acc_t (&gx)[G]) {
-    const int64_t at = step * p.row_step + row, H = p.hidden;
-    // A row that starts anew has zeros for its state, and so for its product.
+  // The state that enters row `at`, and whether that starts anew: with zeros, and so for its
+  // product.
+  __device__ bool enter(int64_t at) {
     const bool anew = p.reset && p.reset[at];
     if (anew) {
       RNNFAST_UNROLL
       for (int s = 0; s < S; ++s) state[s] = acc_t{};
     }
-    acc_t gh[G];
+    return anew;
+  }
+
+  // The hidden side of the gates; of linked ones the bias.
+  __device__ void load_gh(bool anew, acc_t (&gh)[G]) const {
     RNNFAST_UNROLL
     for (int g = 0; g < G; ++g) {
       if constexpr (kDiagonal)
@@ -105,11 +110,14 @@ struct ForwardUnit {
       else if constexpr (!kDense)
         gh[g] = b_hh[g];
       else
-        gh[g] = row < p.products && !anew ? p.gh[(row * G + g) * H + unit] + b_hh[g] : b_hh[g];
+        gh[g] = g < F && row < p.products && !anew ? p.gh[(row * F + g) * p.hidden + unit] + b_hh[g]
+                                                   : b_hh[g];
     }
-    acc_t saved[at_least_one<K>] = {};
-    cell_forward(make_cell<Cell>(p.options), p_hh, gx, gh, state, saved);
+  }
 
+  // y, and what backward wants.
+  __device__ void keep(int64_t at, const acc_t (&saved)[at_least_one<K>]) const {
+    const int64_t H = p.hidden;
     narrow(state[0], p.y[at * H + unit]);
     if (!p.saved) return;
     acc_t* to = p.saved + at * p.planes * H + unit;
@@ -118,6 +126,14 @@ struct ForwardUnit {
     RNNFAST_UNROLL
     for (int s = 1; s < S; ++s) to[(K + s - 1) * H] = state[s];
     if (p.projected) to[(K + S - 1) * H] = state[0];
+  }
+
+  __device__ void take(int64_t step, const acc_t (&gx)[G]) {
+    const int64_t at = step * p.row_step + row;
+    acc_t gh[G], saved[at_least_one<K>] = {};
+    load_gh(enter(at), gh);
+    cell_forward(make_cell<Cell>(p.options), p_hh, gx, gh, state, saved);
+    keep(at, saved);
   }
 
   // The state that leaves: to the next step, or out.

@@ -1,0 +1,152 @@
+// A step of a cell with stages (cells/stages.h): first all gates of a worker's rows, then the
+// halves of the cell with what stands between them. Rows are whole, gate by gate, and belong to one
+// worker each: there is no barrier in a step.
+#pragma once
+
+#include "forward_scratch.h"
+#include "units.h"
+
+namespace rnnfast::RNNFAST_TARGET {
+namespace {
+
+template <class Cell, class Format>
+class StagedForward {
+ public:
+  using scalar_t = typename Format::tensor_t;
+  static_assert(std::is_same_v<Format, Plain<scalar_t>> &&
+                    std::is_same_v<scalar_t, typename Format::acc_t>,
+                "cells with stages are computed in full width");
+
+  StagedForward(const ForwardArgs<scalar_t>& args, const ForwardScratch<Format>& scratch)
+      : args_(args),
+        s_(scratch),
+        free_(gate_panels<Cell, scalar_t>(args.hidden_size, kFreeGatesOf<Cell>)),
+        linked_(gate_panels<Cell, scalar_t>(args.hidden_size, kLinkedGatesOf<Cell>)),
+        planes_(Cell::kSaved + Cell::kStates - 1) {}
+
+  // A share of the panels of w_hh; those of w_ih and the biases are packed as always.
+  void pack(const Worker& worker) const {
+    pack_part(worker, free_, args_.w_hh, s_.w_hh_out);
+    pack_part(worker, linked_, linked_weights(), s_.w_link_out);
+  }
+
+  // Step t of the rows of the batch in `rows`; gx: of the first of them. `back`: panels from the
+  // last to the first, which a cache may still have.
+  void step(int64_t t, Range rows, const scalar_t* gx, const scalar_t* h, scalar_t* h_next,
+            bool back) const {
+    const int64_t size = args_.hidden_size;
+    const scalar_t* bias = args_.b_hh ? s_.b_hh : nullptr;
+    scalar_t* gh = s_.gh + rows.begin * s_.gx_row;
+    product(free_, rows.size(), h + rows.begin * s_.h_row, s_.w_hh, args_.w_hh, bias, gh, back);
+    for (int64_t b = rows.begin; b < rows.end; ++b)
+      begin_row(b, gx + (b - rows.begin) * s_.gx_row, h + b * s_.h_row);
+    if constexpr (kLinkOf<Cell> == Link::kProduct)
+      product(linked_, rows.size(), s_.link + rows.begin * s_.h_row, s_.w_link, linked_weights(),
+              bias ? bias + free_.units : nullptr, gh + kFreeGatesOf<Cell> * size, back);
+    for (int64_t b = rows.begin; b < rows.end; ++b)
+      finish_row(t, b, gx + (b - rows.begin) * s_.gx_row, h + b * s_.h_row, h_next + b * s_.h_row);
+  }
+
+ private:
+  static constexpr int64_t kLanes = lanes_of<scalar_t>;
+
+  const scalar_t* linked_weights() const { return args_.w_hh + free_.units * args_.output_size; }
+
+  void pack_part(const Worker& worker, const Panels<scalar_t>& panels, const scalar_t* from,
+                 scalar_t* to) const {
+    const Range mine = part_of(panels.count(), worker.index, worker.count);
+    for (int64_t p = mine.begin; p < mine.end && to; ++p)
+      pack_units(panels, p, args_.output_size, from, to);
+  }
+
+  // out = a . w^T + bias, by whichever kernel has the weights.
+  void product(const Panels<scalar_t>& panels, int64_t rows, const scalar_t* a,
+               const PackedMatrix<Format>& packed, const scalar_t* plain, const scalar_t* bias,
+               scalar_t* out, bool back) const {
+    const int64_t k_size = args_.output_size;
+    if (!packed.panels)
+      return multiply_direct(rows, panels.units, k_size, a, s_.h_row, plain, k_size, bias, out,
+                             s_.gx_row);
+    for (int64_t i = 0; i < panels.count(); ++i) {
+      const int64_t p = back ? panels.count() - 1 - i : i, at = panels.offset(p);
+      multiply(rows, panels.vectors(p),
+               Operands<scalar_t>{k_size, a, s_.h_row, 1, packed.panels + at * k_size,
+                                  panels.vectors(p) * kLanes, bias ? bias + at : nullptr, 0,
+                                  out + at, s_.gx_row});
+    }
+  }
+
+  // The gates of a unit, or of several.
+  template <class W>
+  RNNFAST_HD void load_gates(const scalar_t* row, int64_t unit, W (&gates)[Cell::kGates]) const {
+    RNNFAST_UNROLL
+    for (int g = 0; g < Cell::kGates; ++g)
+      gates[g] = load_whole<W>(row + g * args_.hidden_size + unit);
+  }
+  template <class W>
+  RNNFAST_HD void load_states(const scalar_t* h, int64_t b, int64_t unit, int64_t left,
+                              W (&state)[Cell::kStates]) const {
+    state[0] = load_whole<W>(h + unit);
+    RNNFAST_UNROLL
+    for (int k = 1; k < Cell::kStates; ++k)
+      state[k] = load_units<W>(inner_state(k, b) + unit, left);
+  }
+
+  void begin_row(int64_t b, const scalar_t* gx, const scalar_t* h) const {
+    scalar_t *gh = s_.gh + b * s_.gx_row, *to = s_.link + b * s_.h_row;
+    for_units<scalar_t>(args_.hidden_size, [&](auto zero, int64_t unit, int64_t left) {
+      using W = decltype(zero);
+      W gates_x[Cell::kGates], gates_h[Cell::kGates], state[Cell::kStates], link;
+      load_gates(gx, unit, gates_x);
+      load_gates(gh, unit, gates_h);
+      load_states(h, b, unit, left, state);
+      cell_.begin(gates_x, gates_h, state, link);
+      RNNFAST_UNROLL
+      for (int g = 0; g < Cell::kGates; ++g)
+        store_units(gh + g * args_.hidden_size + unit, gates_h[g], left);
+      RNNFAST_UNROLL
+      for (int k = 1; k < Cell::kStates; ++k) store_units(inner_state(k, b) + unit, state[k], left);
+      store_whole(to + unit, link);
+    });
+  }
+
+  void finish_row(int64_t t, int64_t b, const scalar_t* gx, const scalar_t* h,
+                  scalar_t* h_next) const {
+    const int64_t size = args_.hidden_size, row = first_row(args_, t) + b;
+    const scalar_t* gh = s_.gh + b * s_.gx_row;
+    scalar_t* y = args_.y ? args_.y + row * size : nullptr;
+    scalar_t* h_n = is_last(args_, t, b) ? args_.h_n + b * size : nullptr;
+    scalar_t* saved = args_.saved ? args_.saved + row * planes_ * size : nullptr;
+    for_units<scalar_t>(size, [&](auto zero, int64_t unit, int64_t left) {
+      using W = decltype(zero);
+      W gates_x[Cell::kGates], gates_h[Cell::kGates], state[Cell::kStates];
+      W kept[at_least_one<Cell::kSaved>];
+      load_gates(gx, unit, gates_x);
+      load_gates(gh, unit, gates_h);
+      load_states(h, b, unit, left, state);
+      cell_.finish(gates_x, gates_h, state, kept);
+      store_whole(h_next + unit, state[0]);
+      if (y) store_units(y + unit, state[0], left);
+      if (h_n) store_units(h_n + unit, state[0], left);
+      if (!saved) return;
+      RNNFAST_UNROLL
+      for (int k = 0; k < Cell::kSaved; ++k) store_units(saved + k * size + unit, kept[k], left);
+      RNNFAST_UNROLL
+      for (int k = 1; k < Cell::kStates; ++k)
+        store_units(saved + (Cell::kSaved + k - 1) * size + unit, state[k], left);
+    });
+  }
+
+  scalar_t* inner_state(int k, int64_t b) const {
+    return s_.c + ((k - 1) * args_.batch + b) * args_.hidden_size;
+  }
+
+  const ForwardArgs<scalar_t>& args_;
+  const ForwardScratch<Format>& s_;
+  const Panels<scalar_t> free_, linked_;  // of w_hh
+  const int planes_;
+  const Cell cell_ = make_cell<Cell>(args_.options);
+};
+
+}  // namespace
+}  // namespace rnnfast::RNNFAST_TARGET
