@@ -106,7 +106,8 @@ def _compare_layers(spec: CellSpec, dtype: torch.dtype) -> dict[str, tuple[float
     names = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh")
     empty = not (spec.has_hidden_side or spec.parameters)
     given = [
-        draw(T, B, input_size), draw(B, H), draw(spec.states - 1, B, H), 0.3 * draw(gates, input_size),
+        draw(T, B, input_size), draw(B, H), draw(spec.states - 1, B, H),
+        0.3 * draw(gates, input_size),
         0.3 * draw(*((gates, H) if spec.dense else (H if spec.diagonal else 0,))), draw(gates),
         draw(0 if empty else gates + spec.parameters * H),
     ]  # fmt: skip
