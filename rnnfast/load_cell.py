@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _own_library, engine
 from ._layer import Layer
 from ._library import library_path
+from ._parameters import merge
 from ._signatures import Device
 from .cells import OWN_CELL, CellSpec, own_cells
 from .functional import _layer as _call
@@ -71,15 +72,14 @@ class LoadedLayer(Layer):
             the header
         weight_hh_l[k]: :math:`(G H, H)`; of a diagonal recurrence :math:`(H)`; none without one
         bias_ih_l[k]: :math:`(G H)`
-        bias_hh_l[k]: :math:`((G + K) H)`, the :math:`K` parameters of each unit at its end; none
-            where there is no recurrence and no parameter
+        bias_hh_l[k]: :math:`(G H)`; none without a recurrence
+        weight_p_l[k]: :math:`(K H)`, the parameters of each unit, if the cell has :math:`K`
 
         With the suffix ``_reverse`` for the second direction. All are drawn from
         :math:`\mathcal{U}(-1/\sqrt{H}, 1/\sqrt{H})`.
 
     Raises:
-        ValueError, RuntimeError, TypeError: as :class:`rnnfast.GRU`; ``bias=False`` for a cell
-            with parameters
+        ValueError, RuntimeError, TypeError: as :class:`rnnfast.GRU`
 
     Example::
 
@@ -119,24 +119,20 @@ class LoadedLayer(Layer):
             "RNN_TANH", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, 0, "meta", dtype,
         )  # fmt: skip
-        name = type(self).__name__
-        if spec.parameters and not bias:
-            raise ValueError(
-                f"rnnfast: {name} has {spec.parameters} parameters of each unit, which stand "
-                "behind the biases; bias must be True, got False"
-            )
-        self.mode = name
-        names = []
-        for each in self._flat_weights_names:
-            shape = self._shape_of(each, getattr(self, each).shape)
-            delattr(self, each)
-            if shape is None:
-                continue
-            setattr(self, each, Parameter(torch.empty(shape, device=device, dtype=dtype)))
-            names.append(each)
-        self._flat_weights_names = names
-        of_pass = len(names) // (num_layers * (2 if bidirectional else 1))
-        self._all_weights = [names[i : i + of_pass] for i in range(0, len(names), of_pass)]
+        self.mode = type(self).__name__
+        passes = []
+        for names in self._all_weights:
+            shapes = {each: self._shape_of(each, getattr(self, each).shape) for each in names}
+            for each in names:
+                delattr(self, each)
+            if spec.parameters:
+                shapes[names[0].replace("weight_ih", "weight_p")] = (spec.parameters * hidden_size,)
+            real = {each: shape for each, shape in shapes.items() if shape is not None}
+            for each, shape in real.items():
+                setattr(self, each, Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            passes.append(list(real))
+        self._all_weights = passes
+        self._flat_weights_names = [each for names in passes for each in names]
         self._init_flat_weights()
         self.reset_parameters()
         self._set_options(recompute, weight_dropout, input_dropout, residual, return_last)
@@ -154,20 +150,20 @@ class LoadedLayer(Layer):
                 if spec.diagonal
                 else None
             )
-        if spec.has_hidden_side or spec.parameters:
-            return ((spec.gates + spec.parameters) * hidden,)
-        return None
+        return (spec.gates * hidden,) if spec.has_hidden_side else None
 
     def _complete(self, weights: Sequence[Any]) -> Sequence[Any]:
         spec = self.spec
         if spec.has_hidden_side:
-            return weights
+            if not spec.parameters:
+                return weights
+            return merge(weights, len(self._all_weights), self.bias)
         if self.__dict__.get("weight_dropout"):
             raise RuntimeError(
                 "rnnfast: weight_dropout is for layers with a w_hh, which "
                 f"{type(self).__name__} has not; it must be 0, got {self.weight_dropout!r}"
             )
-        return _with_empty(spec, weights, self.bias)
+        return complete(weights, self.bias, spec.parameters > 0)
 
     @classmethod
     def functional(
@@ -215,16 +211,6 @@ class LoadedLayer(Layer):
             name, spec, input, hx, weights, num_layers, bias, batch_first, dropout, training,
             bidirectional, reset, lengths, recompute,
         )  # fmt: skip
-
-
-def _with_empty(spec: CellSpec, weights: Sequence[Any], bias: bool) -> Sequence[Any]:
-    """w_ih, w_hh, b_ih, b_hh of each pass of a cell without a hidden side, whose w_hh is empty."""
-    if not spec.parameters:
-        return complete(weights, bias)
-    full: list[Any] = []
-    for k in range(0, len(weights), 3):
-        full += [weights[k], weights[k].new_empty(0), *weights[k + 1 : k + 3]]
-    return full
 
 
 def _register_library(source: _own_library.Source, isa: str, code: int) -> list[int]:

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
+from works import row
 
 import rnnfast
 from rnnfast import _own_library, cells, engine
@@ -345,14 +347,14 @@ def test_parameters(loaded: Any) -> None:
         return {name: tuple(p.shape) for name, p in layer.named_parameters()}
 
     assert shapes(loaded["Leaky"](5, 7)) == {
-        "weight_ih_l0": (14, 5), "weight_hh_l0": (14, 7), "bias_ih_l0": (14,), "bias_hh_l0": (28,)
+        "weight_ih_l0": (14, 5), "weight_hh_l0": (14, 7), "bias_ih_l0": (14,), "bias_hh_l0": (14,),
+        "weight_p_l0": (14,),
     }  # fmt: skip
     assert shapes(loaded["Unit"](5, 7, bias=False)) == {
         "weight_ih_l0": (7, 5), "weight_hh_l0": (7,)
     }  # fmt: skip
     assert shapes(loaded["Sum"](5, 7)) == {"weight_ih_l0": (7, 5), "bias_ih_l0": (7,)}
-    with pytest.raises(ValueError, match="Leaky has 2 parameters of each unit.*bias must be True"):
-        loaded["Leaky"](5, 7, bias=False)
+    both(loaded["Leaky"](5, 7, 2, bias=False, dtype=f64), torch.randn(2, 3, 5, dtype=f64))
     with pytest.raises(RuntimeError, match="weight_dropout is for layers with a w_hh"):
         loaded["Sum"](5, 7, weight_dropout=0.5)(torch.randn(2, 3, 5))
     with pytest.raises(TypeError, match="load_cell makes classes of it"):
@@ -433,6 +435,56 @@ def test_no_reference(folder: Path, tmp_path: Path) -> None:
         rnnfast.check_cell(found)
     with pytest.raises(TypeError, match="reference of load_cell must be a function"):
         rnnfast.load_cell(tmp_path / "alone.h", reference=3)  # type: ignore[arg-type]
+
+
+class Behind(torch.nn.Module):
+    """The cell of mgu.h in Python."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.x = torch.nn.Linear(inputs, 2 * H, dtype=f64)
+        self.h = torch.nn.Linear(H, 2 * H, dtype=f64)
+
+    def initial_state(self, x: Tensor) -> Tensor:
+        return x.new_zeros(x.size(0), H)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = mgu_step(self.x(x).chunk(2, -1), self.h(h).chunk(2, -1), (h,))
+        return h, h
+
+
+@row(
+    "Cells of your own",
+    "`load_cell`: a cell tried out with `Recurrent`, then compiled from a header; the numbers of "
+    "both are the same, in stacks, two directions, with masks, resets, packed",
+    torch_nn="has none",
+    error="AttributeError: .*has no attribute 'load_cell'",
+    cuda=False,
+)
+def test_from_python_to_a_header(library: Any, device: torch.device) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "mgu.h")
+        path.write_text(MGU)
+        layer = library.load_cell(path)(IN, H, 2, bidirectional=True, dtype=f64)
+    tried = library.Recurrent(
+        lambda k, direction: Behind(IN if k == 0 else 2 * H), num_layers=2, bidirectional=True
+    )
+    weights = [w for cell in tried.cells for w in (*cell.x.parameters(), *cell.h.parameters())]
+    with torch.no_grad():
+        for k in range(0, len(weights), 4):
+            for i, j in enumerate((0, 2, 1, 3)):  # w_ih, w_hh, b_ih, b_hh
+                layer.get_parameter(layer._flat_weights_names[k + i]).copy_(weights[k + j])
+    x, h0 = torch.randn(T, B, IN, dtype=f64), torch.randn(4, B, H, dtype=f64)
+    options: list[dict[str, Any]] = [
+        {},
+        {"reset": torch.rand(T, B) < 0.3},
+        {"lengths": LENGTHS},
+        {"mask": torch.rand(T, B) < 0.7},
+    ]
+    for given in options:
+        close(layer(x, h0, **given), tried(x, h0, **given))
+    packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
+    close(layer(packed, h0)[0].data, tried(packed, h0)[0].data)
 
 
 # --------------------------------------------------------------------------- check_cell
