@@ -30,7 +30,9 @@ __all__ = ["LoadedLayer", "load_cell"]
 
 Step = Callable[..., Any]
 
-_register = ctypes.CDLL(str(library_path())).rnnfast_register_cell
+_core = ctypes.CDLL(str(library_path()))
+_core.rnnfast_engine_stamp.restype = ctypes.c_char_p
+_register = _core.rnnfast_register_cell
 _register.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64))
 _register.restype = ctypes.c_char_p
 
@@ -215,6 +217,13 @@ class LoadedLayer(Layer):
 
 def _register_library(source: _own_library.Source, isa: str, code: int) -> list[int]:
     """The cell's numbers, once the core knows it."""
+    built = _core.rnnfast_engine_stamp().decode()
+    if built != _own_library.engine_stamp():
+        raise RuntimeError(
+            f"rnnfast: {library_path()} was not built of the headers in "
+            f"{_own_library.engine_sources()}, with which load_cell would compile {source.name}; "
+            "build or install rnnfast again"
+        )
     path = _own_library.library(source, isa)
     try:
         library = ctypes.CDLL(str(path))

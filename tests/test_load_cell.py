@@ -5,6 +5,8 @@ The example of docs/own_cell.md runs in test_recurrent.py."""
 from __future__ import annotations
 
 import copy
+import ctypes
+import importlib
 import io
 import os
 import pickle
@@ -28,6 +30,8 @@ from works import row
 
 import rnnfast
 from rnnfast import _own_library, cells, engine
+
+load_cell: Any = importlib.import_module("rnnfast.load_cell")  # the name is the function's, too
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADERS = ROOT / "csrc" / "cells"
@@ -761,15 +765,18 @@ def test_where_libraries_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _own_library.cache_folder() == Path.home() / ".cache" / "rnnfast"
 
 
-def test_other_headers_than_the_builds(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_own_library, "engine_stamp", lambda: "0123456789abcdef")
-    fails(
-        tmp_path / "a.h",
-        MGU.replace("Mgu", "Stale"),
-        "Stale of .* can't be loaded: it was compiled with the headers 0123456789abcdef",
-    )
+def test_other_headers_than_the_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(_own_library, "engine_stamp", lambda: "0123456789abcdef")
+        sentence = "_C.so was not built of the headers in .* would compile Stale; build"
+        fails(tmp_path / "a.h", MGU.replace("Mgu", "Stale"), sentence)
+
+    class Other(ctypes.Structure):  # a library of one's own that says so, too
+        _fields_ = (("engine", ctypes.c_char_p),)
+
+    other = Other(b"0123456789abcdef")
+    said = load_cell._register(ctypes.addressof(other), 0x12FF, (ctypes.c_int64 * 7)())
+    assert said.startswith(b"it was compiled with the headers 0123456789abcdef, and this build")
 
 
 def test_an_unknown_code() -> None:

@@ -2,9 +2,13 @@
 // of a library's OwnCell, which is no type of an operator.
 #include "../cpu/own_cell.h"
 
+#define RNNFAST_EXPORT extern "C" __attribute__((visibility("default")))
+
+RNNFAST_EXPORT const char* rnnfast_engine_stamp() { return rnnfast::kEngineStamp; }
+
 // Null, and the cell's numbers in `numbers`; or what is wrong, until the thread's next call.
-extern "C" __attribute__((visibility("default"))) const char* rnnfast_register_cell(
-    const rnnfast::OwnCell* cell, int64_t code, int64_t* numbers) {
+RNNFAST_EXPORT const char* rnnfast_register_cell(const rnnfast::OwnCell* cell, int64_t code,
+                                                 int64_t* numbers) {
   thread_local std::string wrong;
   wrong = rnnfast::register_own_cell(code, *cell);
   if (!wrong.empty()) return wrong.c_str();
