@@ -240,11 +240,6 @@ def _register_library(source: _own_library.Source, isa: str, code: int) -> list[
         raise RuntimeError(
             f"rnnfast: {source.name} of {source.header} can't be loaded: {wrong.decode()}"
         )
-    if numbers[1] > 2:
-        raise RuntimeError(
-            f"rnnfast: {source.name} of {source.header} has {numbers[1]} states, and layers of "
-            "load_cell take 1, h, or 2, h and c"
-        )
     return list(numbers)
 
 

@@ -712,10 +712,11 @@ def test_not_a_header(tmp_path: Path) -> None:
         ("kSplitGates = true", "kSplit = true", "a cell has `static constexpr bool kSplitGates`"),
         ("int kGates = 2", "int kGates = 5", "a cell has 1 to 4 gates"),
         ("kDense", "kDiagonal", "a diagonal recurrence has one gate"),
+        ("int kStates = 1", "int kStates = 0", "state 0 is h"),
         ("void forward(const V (&gx)[2]", "void forward(const V (&gx)[3]", "static void forward"),
         ("void backward(", "void back(", "`template <class V> static void backward"),
     ],
-    ids=["constant", "gates", "diagonal", "forward", "backward"],
+    ids=["constant", "gates", "diagonal", "states", "forward", "backward"],
 )
 def test_not_the_contract(tmp_path: Path, before: str, after: str, sentence: str) -> None:
     assert before in MGU
@@ -726,19 +727,19 @@ def test_not_the_contract(tmp_path: Path, before: str, after: str, sentence: str
     assert "own_cell.cpp" in log.read_text()
 
 
+def test_three_states(tmp_path: Path) -> None:
+    text = MGU.replace("int kStates = 1", "int kStates = 3")
+    for name in ("state", "prev", "next", "dstate"):
+        text = text.replace(f"(&{name})[1]", f"(&{name})[3]")
+    said = fails(tmp_path / "a.h", text, "is not a cell yet:")
+    assert "a layer of load_cell has 1 state, h, or 2, h and c" in said.splitlines()[1]
+
+
 def test_does_not_compile(tmp_path: Path) -> None:
     said = fails(tmp_path / "a.h", MGU.replace("tanh(", "tan_h("), "does not compile for")
     lines = said.splitlines()
     assert "a.h" in lines[1] and "error" in lines[1] and len(lines) < 30
     assert "tan_h" in said
-
-
-def test_three_states(tmp_path: Path) -> None:
-    text = LEAKY.replace('#include "decay.h"\n', "").replace("decay(p[0])", "sigmoid(p[0])")
-    text = text.replace("kStates = 2", "kStates = 3").replace("(&state)[2]", "(&state)[3]")
-    for name in ("prev", "next", "dstate"):
-        text = text.replace(f"(&{name})[2]", f"(&{name})[3]")
-    fails(tmp_path / "a.h", text, "Leaky of .*a.h has 3 states, and layers of load_cell take 1")
 
 
 def test_no_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
