@@ -16,10 +16,10 @@ from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _own_library, engine
-from ._layer import Layer
 from ._library import library_path
 from ._parameters import merge
-from ._signatures import Device
+from ._signatures import AnyStateCalls, Device
+from ._signatures import Input as Form
 from .cells import OWN_CELL, CellSpec, own_cells
 from .functional import _layer as _call
 from .reference import own_steps
@@ -42,7 +42,7 @@ _compiled: dict[int, set[str]] = {}
 _classes: dict[tuple[int, str], type[LoadedLayer]] = {}
 
 
-class LoadedLayer(Layer):
+class LoadedLayer(AnyStateCalls):
     r"""A layer of a cell that :func:`rnnfast.load_cell` compiled; it returns subclasses of this.
 
     Everything that :class:`rnnfast.GRU` has (:class:`rnnfast.LSTM` for a cell of two states), but
@@ -170,7 +170,7 @@ class LoadedLayer(Layer):
     @classmethod
     def functional(
         cls,
-        input: Tensor | PackedSequence,
+        input: Form,
         hx: Any,
         weights: Sequence[Tensor],
         *,
@@ -183,7 +183,7 @@ class LoadedLayer(Layer):
         reset: Tensor | PackedSequence | None = None,
         lengths: Tensor | None = None,
         recompute: bool = False,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Form, Any]:
         r"""Run a layer of the cell without a module, see :func:`rnnfast.functional.gru`.
 
         Args:
