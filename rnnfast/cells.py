@@ -18,6 +18,10 @@ ACTIVATIONS = (
 )  # fmt: skip
 
 
+#: The low byte of the codes of cells that rnnfast.load_cell made.
+OWN_CELL = 0xFF
+
+
 @dataclass(frozen=True)
 class CellSpec:
     """What the Python side has to know of a cell.
@@ -57,6 +61,11 @@ class CellSpec:
     clip: float = 0.0
 
     @property
+    def is_own(self) -> bool:
+        """Whether rnnfast.load_cell made it."""
+        return self.id & 0xFF == OWN_CELL
+
+    @property
     def has_hidden_side(self) -> bool:
         """Whether h enters the gates; else w_hh is empty, and b_hh may be."""
         return self.dense or self.diagonal
@@ -89,6 +98,8 @@ CELLS: tuple[CellSpec, ...] = (
 )
 
 _BY_NAME = {spec.name: spec for spec in CELLS}
+#: Those that load_cell added to this process, by their codes.
+own_cells: dict[int, CellSpec] = {}
 
 
 def cell_spec(cell: str | int | CellSpec) -> CellSpec:
@@ -107,6 +118,13 @@ def cell_spec(cell: str | int | CellSpec) -> CellSpec:
     if isinstance(cell, int):
         if 0 <= cell < len(CELLS):
             return CELLS[cell]
+        if cell in own_cells:
+            return own_cells[cell]
+        if cell > 0 and cell & 0xFF == OWN_CELL:
+            raise RuntimeError(
+                f"rnnfast: cell {cell} is one of rnnfast.load_cell that this process has not "
+                "loaded; call load_cell with its header first"
+            )
         if 0 <= cell & 0xFF < len(CELLS) and CELLS[cell & 0xFF].options:
             return _of_code(cell)
     elif cell in _BY_NAME:

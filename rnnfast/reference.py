@@ -17,6 +17,10 @@ from .cells import CellSpec, cell_spec
 
 __all__ = ["cell_step", "forward", "scan"]
 
+#: The steps of cells that rnnfast.load_cell made, by their codes, where they were given: of gx, gh
+#: (tensors of each gate), state and, of a cell with parameters, p.
+own_steps: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
+
 
 def cell_step(
     spec: CellSpec,
@@ -42,6 +46,8 @@ def cell_step(
         - p: each :math:`(H)`
         - Output: the new state, shapes as ``state``
     """
+    if spec.is_own:
+        return _own_step(spec, gx, gh, state, p)
     act, gate = _activation(spec.activation), _activation(spec.gate_activation)
     if spec.name in ("lstm", "lstm_any"):
         # Hochreiter & Schmidhuber 1997; forget gate of Gers et al. 2000
@@ -107,6 +113,36 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
     found = _FUNCTIONS.get(name)
     return getattr(functional, name) if found is None else found
+
+
+def _own_step(
+    spec: CellSpec, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], p: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    step = own_steps.get(spec.id)
+    if step is None:
+        raise RuntimeError(
+            f"rnnfast: cell {spec.name} has no reference: higher derivatives, forward mode, other "
+            "transforms of torch.func than vmap and one gradient, and "
+            'rnnfast.use_engine("reference") need its step in torch operators, '
+            "load_cell(path, reference=step)"
+        )
+    gates = (gx.chunk(spec.gates, -1), gh.chunk(spec.gates, -1))
+    new = step(*gates, state, p) if spec.parameters else step(*gates, state)
+    if isinstance(new, Tensor):
+        new = (new,)
+    if not isinstance(new, (tuple, list)) or len(new) != spec.states:
+        found = len(new) if isinstance(new, (tuple, list)) else type(new).__name__
+        raise RuntimeError(
+            f"rnnfast: reference of {spec.name} must return its {spec.states} states, got {found}"
+        )
+    for k, (one, before) in enumerate(zip(new, state)):
+        if not isinstance(one, Tensor) or one.shape != before.shape:
+            shape = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
+            raise RuntimeError(
+                f"rnnfast: state {k} that the reference of {spec.name} returns must have shape "
+                f"(B, H) = {tuple(before.shape)}, got {shape}"
+            )
+    return tuple(new)
 
 
 def _scan_cell_step(spec: CellSpec, gates: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -68,6 +68,13 @@ recurrent = rnnfast.Recurrent(nn.GRUCell(10, 20), batch_first=True)
 assert_type(recurrent(x, lengths=lengths), tuple[Any, Any])
 assert_type(recurrent.step(x[0]), tuple[Any, Any])
 made = rnnfast.Recurrent(lambda layer, direction: nn.GRUCell(10 if layer == 0 else 20, 20), 2)
+loaded: type[rnnfast.LoadedLayer] = rnnfast.load_cell("mgu.h", struct="Mgu", reference=max)
+assert_type(rnnfast.check_cell(loaded), dict[str, float])
+of_header = loaded(10, 20, num_layers=2, bidirectional=True, residual=True)
+assert_type(of_header(x, lengths=lengths), tuple[Tensor, Any])
+assert_type(of_header.step(x[0]), tuple[Tensor, Any])
+assert_type(of_header.spec.gates, int)
+assert_type(loaded.functional(x, None, list(of_header.parameters())), tuple[Tensor, Any])
 listed = rnnfast.Recurrent([nn.LSTMCell(10, 20), rnnfast.LSTMCell(20, 20)], num_layers=2)
 
 # functions

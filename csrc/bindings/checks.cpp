@@ -85,6 +85,13 @@ const char* dtype_text(ScalarType dtype) {
 
 const CellInfo& checked_cell(int64_t cell) {
   const int id = id_of_code(cell);
+  if (is_own_cell(cell)) {
+    if (id < 0)
+      fail("cell " + std::to_string(cell) +
+           " is one of rnnfast.load_cell that is not loaded here: it runs in the CPU engine, of "
+           "processes that have loaded it");
+    return cell_info(id);
+  }
   if (id >= kNumCells || (cell & kUnusedBits))
     fail("cell must be an id in [0, " + std::to_string(kNumCells) + ") and its options, got " +
          std::to_string(cell));
