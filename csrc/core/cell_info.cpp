@@ -17,6 +17,7 @@ constexpr CellInfo info(const char* name, bool dot_kernels, bool half_kernels) {
           Cell::kSplitGates,
           RNNFAST_TARGET::kHasOptions<Cell>,
           RNNFAST_TARGET::kHasStages<Cell>,
+          RNNFAST_TARGET::kKeepsOf<Cell>,
           dot_kernels,
           half_kernels};
 }
