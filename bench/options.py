@@ -20,16 +20,26 @@ def _step(call: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any)
     return torch.autograd.grad(call(*args, **kwargs).sum(), list(layer.parameters()))
 
 
-def relu_step(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """A step of an LSTM or a GRU with relu in place of tanh."""
+def plain_step(
+    act: Callable[[Tensor], Tensor], gx: Tensor, gh: Tensor, h: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A step of an LSTM or a GRU with another activation."""
     if gx.size(-1) == 4 * h.size(-1):
         i, f, g, o = (gx + gh).chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.relu(g)
-        return torch.sigmoid(o) * torch.relu(c), c
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * act(g)
+        return torch.sigmoid(o) * act(c), c
     (x_r, x_z, x_n), (h_r, h_z, h_n) = gx.chunk(3, -1), gh.chunk(3, -1)
-    n = torch.relu(x_n + torch.sigmoid(x_r + h_r) * h_n)
+    n = act(x_n + torch.sigmoid(x_r + h_r) * h_n)
     z = torch.sigmoid(x_z + h_z)
     return n + z * (h - n), c
+
+
+def zoneout_step(
+    gx: Tensor, gh: Tensor, h: Tensor, c: Tensor, stays: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A step of an LSTM or a GRU that leaves entries of its states as they were."""
+    h_new, c_new = plain_step(torch.tanh, gx, gh, h, c)
+    return torch.where(stays[0], h, h_new), torch.where(stays[-1], c, c_new)
 
 
 def plain_ways(layer: Any, x: Tensor, mask: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -52,16 +62,30 @@ def plain_ways(layer: Any, x: Tensor, mask: Tensor) -> dict[str, Callable[[], Te
         return torch.zeros_like(y).scatter(0, order.expand_as(y), y)
 
     # Dynamo would unroll the loop over time, so only a step is compiled
-    step = torch.compile(relu_step)
+    relu_step = torch.compile(partial(plain_step, torch.relu))
+    tanh_step = torch.compile(partial(plain_step, torch.tanh))
+    stay_step = torch.compile(zoneout_step)
     w_ih, w_hh, b_ih, b_hh = layer.parameters()
+    hidden, states = layer.hidden_size, 2 if isinstance(layer, nn.LSTM) else 1
 
-    def other_activation() -> Tensor:
-        h = c = x.new_zeros(batch, layer.hidden_size)
+    def loop(step: Callable[..., Any], factor: Tensor | None = None, more: Any = None) -> Tensor:
+        h = c = x.new_zeros(batch, hidden)
         y = []
-        for gx in (nn.functional.linear(x, w_ih, b_ih)).unbind(0):
-            h, c = step(gx, torch.addmm(b_hh, h, w_hh.t()), h, c)
+        for t, gx in enumerate(nn.functional.linear(x, w_ih, b_ih).unbind(0)):
+            entering = h if factor is None else h * factor
+            given = () if more is None else (more[t],)
+            h, c = step(gx, torch.addmm(b_hh, entering, w_hh.t()), h, c, *given)
             y.append(h)
         return torch.stack(y)
+
+    def other_activation() -> Tensor:
+        return loop(relu_step)
+
+    def dropped_h() -> Tensor:
+        return loop(tanh_step, torch.dropout(x.new_ones(batch, hidden), P, True))
+
+    def zoned_out() -> Tensor:
+        return loop(stay_step, None, torch.rand(steps, states, batch, hidden) < P)
 
     def last() -> Tensor:
         state = layer(x)[1]
@@ -73,6 +97,8 @@ def plain_ways(layer: Any, x: Tensor, mask: Tensor) -> dict[str, Callable[[], Te
         "mask": valid_steps,
         "return_last": last,
         "activation": other_activation,
+        "recurrent_dropout": dropped_h,
+        "zoneout": zoned_out,
     }
 
 
@@ -88,6 +114,8 @@ def calls_of_options(cell: str, T: int, B: int, H: int) -> dict[str, dict[str, C
             ("mask", {}),
             ("return_last", {"return_last": True}),
             ("activation", {"activation": "relu"}),
+            ("recurrent_dropout", {"recurrent_dropout": P}),
+            ("zoneout", {"zoneout": P}),
         )
     }
     theirs, bare = getattr(nn, cell)(H, H), layers["mask"]

@@ -98,7 +98,7 @@ def _check_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
         )
 
 
-def _check_shape(name: str, tensor: Tensor, letters: str, sizes: tuple[Any, ...]) -> None:
+def check_shape(name: str, tensor: Tensor, letters: str, sizes: tuple[Any, ...]) -> None:
     def text() -> str:
         return f"rnnfast: {name} must have shape {letters} = {sizes}, got {_shape_text(tensor)}"
 
@@ -110,6 +110,20 @@ def _check_shape(name: str, tensor: Tensor, letters: str, sizes: tuple[Any, ...]
                 raise RuntimeError(text())
         else:  # a size that only the run will know
             torch._check(found == expected, text)
+
+
+def _check_is_bool(name: str, flags: Tensor) -> None:
+    if flags.dtype != torch.bool:
+        raise RuntimeError(f"rnnfast: {name} must be bool, got {_dtype_text(flags.dtype)}")
+
+
+def check_flags(name: str, flags: Tensor, x: Tensor) -> None:
+    """A mask beside x."""
+    if flags.device != x.device:
+        raise RuntimeError(
+            f"rnnfast: {name} must be on the same device as x ({x.device}), got {flags.device}"
+        )
+    _check_is_bool(name, flags)
 
 
 def check_weights(
@@ -132,32 +146,32 @@ def check_weights(
         )
     rows = w_ih.size(0)
     hidden = out = rows // gates
-    _check_shape("w_ih", w_ih, "(G*H, I)", (rows, x.size(-1)))
+    check_shape("w_ih", w_ih, "(G*H, I)", (rows, x.size(-1)))
     if w_hr is not None:
-        if spec.states != 2 or not spec.dense:
+        if spec.states != 2 or not spec.dense or spec.keeps:
             raise RuntimeError(f"rnnfast: w_hr is for lstm only, got cell {spec.name}")
         _check_dtype("w_hr", w_hr, x)
         if w_hr.dim() != 2:
             raise RuntimeError(f"rnnfast: w_hr must have shape (P, H), got {_shape_text(w_hr)}")
         out = w_hr.size(0)
-        _check_shape("w_hr", w_hr, "(P, H)", (out, hidden))
+        check_shape("w_hr", w_hr, "(P, H)", (out, hidden))
         if out < 1:
             raise RuntimeError("rnnfast: w_hr must have P >= 1 rows, got 0")
     if spec.diagonal:
-        _check_shape("w_hh", w_hh, "(H,)", (hidden,))
+        check_shape("w_hh", w_hh, "(H,)", (hidden,))
     elif not spec.dense:
-        _check_shape("w_hh", w_hh, "(0,)", (0,))
+        check_shape("w_hh", w_hh, "(0,)", (0,))
     else:
-        _check_shape("w_hh", w_hh, "(G*H, H)" if w_hr is None else "(G*H, P)", (rows, out))
+        check_shape("w_hh", w_hh, "(G*H, H)" if w_hr is None else "(G*H, P)", (rows, out))
     for name, bias in (("b_ih", b_ih), ("b_hh", b_hh)):
         if bias is not None:
             _check_dtype(name, bias, x)
             if name == "b_hh" and not spec.has_hidden_side and bias.shape == (0,):
                 continue
             if name == "b_hh" and spec.parameters:
-                _check_shape(name, bias, "((G+K)*H,)", (rows + spec.parameters * hidden,))
+                check_shape(name, bias, "((G+K)*H,)", (rows + spec.parameters * hidden,))
             else:
-                _check_shape(name, bias, "(G*H,)", (rows,))
+                check_shape(name, bias, "(G*H,)", (rows,))
 
 
 def check_layer(
@@ -198,14 +212,13 @@ def check_layer(
         letters = "(B, H)" if w_hr is None else "(B, P)"
         if batch is None:
             batch = h0.size(0) if h0.dim() > 0 else 0
-        _check_shape("h0", h0, letters, (batch, out))
+        check_shape("h0", h0, letters, (batch, out))
     if c0 is not None:
         _check_dtype("c0", c0, x)
         if batch is None:
             batch = c0.size(1) if c0.dim() > 1 else 0
-        _check_shape("c0", c0, "(S-1, B, H)", (spec.states - 1, batch, hidden))
+        check_shape("c0", c0, "(S-1, B, H)", (spec.states - 1, batch, hidden))
     if reset is not None:
-        if reset.dtype != torch.bool:
-            raise RuntimeError(f"rnnfast: reset must be bool, got {_dtype_text(reset.dtype)}")
+        _check_is_bool("reset", reset)
         letters = "(T, B)" if batch_sizes is None else "(N,)"
-        _check_shape("reset", reset, letters, tuple(x.shape[:-1]))
+        check_shape("reset", reset, letters, tuple(x.shape[:-1]))

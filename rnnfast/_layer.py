@@ -12,7 +12,7 @@ from . import _regularize, _run, _step
 from ._checks import check_recompute
 from ._freeze import Frozen, why_not
 from ._step_plan import StepPlan
-from .cells import CellSpec, cell_spec, chosen_cell
+from .cells import CellSpec, cell_spec, chosen_cell, zoneout_cell
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,7 +37,9 @@ SPECS: dict[str, CellSpec] = {
 
 def spec_of(layer: nn.Module) -> CellSpec:
     """The cell of a layer."""
-    return getattr(layer, "_chosen_cell", None) or SPECS[layer.mode]  # type: ignore[index]
+    spec = getattr(layer, "_chosen_cell", None) or SPECS[layer.mode]  # type: ignore[index]
+    # any value but 0, which a call checks
+    return zoneout_cell(spec) if layer.__dict__.get("zoneout") else spec
 
 
 _TEXTS = {
@@ -81,6 +83,11 @@ class Layer(nn.RNNBase):
     #: layer's input being zero for a sequence, in training. May be set at any time, as dropout.
     weight_dropout: float = 0.0
     input_dropout: float = 0.0
+    #: Probability of a feature of h being zero on its way into W_hh for a sequence, in training;
+    #: and of an entry of the states staying as it was at a step (a pair: of h and of c), which is
+    #: expected in eval. May be set at any time.
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
     #: Whether the output is that of the last step only. May be set at any time.
     return_last: bool = False
     residual: bool = False
@@ -107,10 +114,16 @@ class Layer(nn.RNNBase):
         check_recompute(name, recompute)
         if recompute:  # else the class says it
             self.recompute = True
-        found = _regularize.check(name, _regularize.Options(*options))
-        for option, value in found._asdict().items():
+        given = _regularize.Options(*options)
+        if _regularize.check(name, given, spec_of(self).states).zoneout and self.proj_size:
+            raise ValueError(
+                f"rnnfast: zoneout of {name} has no form with a projection, got zoneout="
+                f"{given.zoneout!r} and proj_size={self.proj_size}"
+            )
+        for option, value in given._asdict().items():
             if value:
                 setattr(self, option, value)
+        spec_of(self)  # or an error: a cell that has no form with them
 
     # torch.nn keeps a list of the weights beside the parameters, and weak references to them. Here
     # there is neither: a list gets old, and holds computed weights that can't be copied;
@@ -222,8 +235,8 @@ class Layer(nn.RNNBase):
 
         Raises:
             RuntimeError: a bidirectional layer, whose second direction begins at the end of the
-                sequence; ``weight_dropout`` or ``input_dropout`` in training, which have one mask
-                a sequence; a shape, dtype or device that does not fit
+                sequence; ``weight_dropout``, ``input_dropout`` or ``recurrent_dropout`` in
+                training, which have one mask a sequence; a shape, dtype or device that does not fit
 
         Example::
 

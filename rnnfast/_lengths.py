@@ -225,7 +225,9 @@ def direction(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """_run.direction for padded input with lengths that Python can't read."""
     if use_ref:
-        return _reference(spec, x, h0, c0, (w_ih, w_hh, b_ih, b_hh, w_hr), lengths, reset, reverse)
+        return reference_of(
+            spec, x, h0, c0, (w_ih, w_hh, b_ih, b_hh, w_hr), lengths, reset, reverse
+        )
     if x.is_cpu and not lengths.is_cpu:  # the operator would look for x there
         lengths = lengths.cpu()
     y, h_n, c_n, _ = forward(
@@ -235,7 +237,12 @@ def direction(
     return y, h_n, c_n
 
 
-def _reference(
+def valid_steps(lengths: Tensor, x: Tensor) -> Tensor:
+    """(T, B): which steps of padded x are no padding, of lengths that are checked when it runs."""
+    return _valid(_checked(lengths, x.size(0)), x.size(0)).to(x.device)
+
+
+def reference_of(
     spec: CellSpec,
     x: Tensor,
     h0: Tensor | None,
@@ -244,9 +251,11 @@ def _reference(
     lengths: Tensor,
     reset: Tensor | None,
     reverse: bool,
+    **masks: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In torch's operators, all T steps of them. No shape depends on a value."""
-    valid = _valid(_checked(lengths, x.size(0)), x.size(0)).to(x.device)
+    """In torch's operators, all T steps of them. No shape depends on a value. masks: of h, the
+    same at all steps, as reference.forward takes them."""
+    valid = valid_steps(lengths, x)
     x = torch.where(valid.unsqueeze(-1), x, 0)
     step: Any = reference.forward
     hidden = weights[0].size(0) // spec.gates
@@ -256,7 +265,9 @@ def _reference(
     ys: list[Tensor] = [h] * x.size(0)
     for t in range(x.size(0) - 1, -1, -1) if reverse else range(x.size(0)):
         now = None if reset is None else reset[t : t + 1]
-        _, h_t, c_t = step(x[t : t + 1], h, c, *weights, None, now, cell=spec, reverse=reverse)
+        _, h_t, c_t = step(
+            x[t : t + 1], h, c, *weights, None, now, cell=spec, reverse=reverse, **masks
+        )
         at = valid[t].unsqueeze(-1)
         ys[t] = torch.where(at, h_t, 0)
         h, c = torch.where(at, h_t, h), torch.where(at, c_t, c)

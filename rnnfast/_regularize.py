@@ -1,5 +1,5 @@
-"""What the layers may do around their cells: dropped recurrent weights, one input mask a sequence,
-residual connections, the last step alone."""
+"""What the layers may do around their cells: dropped recurrent weights, one mask a sequence on
+input or h, states that stay as they were, residual connections, the last step alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _rows
+from . import _masks, _rows
+from ._masked import Masks
+from .cells import CellSpec, zoneout_cell
 
 
 class Options(NamedTuple):
@@ -19,21 +21,43 @@ class Options(NamedTuple):
     input_dropout: float = 0.0
     residual: bool = False
     return_last: bool = False
+    recurrent_dropout: float = 0.0
+    zoneout: Any = 0.0  # once checked (p_h, p_c), or 0.0
+    draws: bool = False  # whether zoneout is drawn, else expected
 
 
 PLAIN = Options()
-NAMES = Options._fields
+NAMES = Options._fields[:-1]
 
 
-def check(name: str, options: Options) -> Options:
-    """The options themselves, or an error."""
+def _is_probability(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value < 1
+
+
+def _pair(name: str, zoneout: Any, states: int) -> tuple[float, float] | float:
+    pair = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
+    if pair is zoneout and states == 1:
+        raise ValueError(
+            f"rnnfast: zoneout of {name} must be a number in [0, 1), since its only state is h, "
+            f"got {zoneout!r}"
+        )
+    if len(pair) != 2 or not all(map(_is_probability, pair)):
+        wanted = "a number in [0, 1)" + (", or a pair of them for h and c" if states > 1 else "")
+        raise ValueError(f"rnnfast: zoneout of {name} must be {wanted}, got {zoneout!r}")
+    return (float(pair[0]), float(pair[1])) if any(pair) else 0.0
+
+
+def check(name: str, options: Options, states: int = 1) -> Options:
+    """The options themselves, or an error. states: of the cell."""
     for option, value in zip(NAMES, options):
-        if isinstance(getattr(PLAIN, option), bool):
+        if option == "zoneout":
+            options = options._replace(zoneout=_pair(name, value, states))
+        elif isinstance(getattr(PLAIN, option), bool):
             if value is not True and value is not False:
                 raise TypeError(
                     f"rnnfast: {option} of {name} must be a bool, got {type(value).__name__}"
                 )
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        elif not _is_probability(value):
             raise ValueError(
                 f"rnnfast: {option} of {name} must be a number in [0, 1), got {value!r}"
             )
@@ -42,46 +66,50 @@ def check(name: str, options: Options) -> Options:
 
 def _now(options: Options, training: bool) -> Options | None:
     if not training:
-        options = options._replace(weight_dropout=0.0, input_dropout=0.0)
+        options = options._replace(weight_dropout=0.0, input_dropout=0.0, recurrent_dropout=0.0)
+    elif options.zoneout:
+        options = options._replace(draws=True)
     return options if any(options) else None
 
 
-def of_module(name: str, module: Any) -> Options | None:
+def of_module(name: str, module: Any, states: int) -> Options | None:
     """The options of a call of a layer now, None for none: they are attributes, which may be set at
-    any time."""
+    any time. states: of its cell."""
     own = module.__dict__
     if not (
         "weight_dropout" in own
         or "input_dropout" in own
         or "residual" in own
         or "return_last" in own
+        or "recurrent_dropout" in own
+        or "zoneout" in own
     ):  # and not by value: a compiler of dynamic sizes begins anew where it meets a float
         return None
     found = Options(
-        module.weight_dropout, module.input_dropout, module.residual, module.return_last
-    )
-    return _now(check(name, found), module.training)
+        module.weight_dropout, module.input_dropout, module.residual, module.return_last,
+        module.recurrent_dropout, module.zoneout,
+    )  # fmt: skip
+    return _now(check(name, found, states), module.training)
 
 
-def of_step(name: str, module: Any) -> Options | None:
+def of_step(name: str, module: Any, states: int) -> Options | None:
     """The options of one step of a stream, whose output is that of the last step anyway."""
-    options = of_module(name, module)
+    options = of_module(name, module, states)
     if options is None:
         return None
-    for option in ("weight_dropout", "input_dropout"):
+    for option in ("weight_dropout", "input_dropout", "recurrent_dropout"):
         if getattr(options, option):
             raise RuntimeError(
                 f"rnnfast: {option} has one mask a sequence, and step would draw one a step; call "
                 "forward with the sequence, or eval() for a stream"
             )
-    return Options(residual=True) if options.residual else None
+    options = options._replace(return_last=False)
+    return options if any(options) else None
 
 
-def of_function(
-    name: str, training: bool, weight_dropout: Any, input_dropout: Any, residual: Any, last: Any
-) -> Options | None:
-    """The options of a call of a function, None for none."""
-    return _now(check(name, Options(weight_dropout, input_dropout, residual, last)), training)
+def of_function(name: str, training: bool, states: int, *options: Any) -> Options | None:
+    """The options of a call of a function, None for none; in the order of NAMES."""
+    return _now(check(name, Options(*options), states), training)
 
 
 def text(module: Any) -> str:
@@ -137,6 +165,12 @@ class _Sequences:
             mask = mask.index_select(0, self._of_row)
         return x * mask
 
+    def kept(self, x: Tensor, features: int, p: float) -> Tensor:
+        """Which of h's features enter the product in each sequence, (B, features), in the order of
+        the states. Drawn as the mask of x."""
+        mask = torch.rand(self._batch, features, device=x.device) >= p
+        return mask if self._order is None else mask.index_select(0, self._order)
+
     def without_padding(self, x: Tensor) -> Tensor:
         """x with zeros where a graph has padding: a layer's own output has them."""
         if self._lengths is None:
@@ -164,6 +198,28 @@ class _Sequences:
 def _of_last_layer(h_n: Tensor, directions: int) -> Tensor:
     # no view: it would change with h_n
     return h_n[-1].clone() if directions == 1 else torch.cat([h_n[-2], h_n[-1]], -1)
+
+
+def _masks_of_layer(
+    options: Options,
+    sequences: _Sequences,
+    spec: CellSpec,
+    x: Tensor,
+    weights: Sequence[Any],
+    directions: int,
+) -> list[Masks] | None:
+    """What is drawn inside the recurrences of a layer, None for nothing."""
+    p, zoneout = options.recurrent_dropout, options.zoneout or None
+    if not p and zoneout is None:
+        return None
+    hidden = weights[0].size(0) // spec.gates
+    return [
+        _masks.draw(
+            spec, x, sequences.kept(x, weights[1].size(-1), p) if p else None, p, zoneout,
+            options.draws, hidden,
+        )
+        for _ in range(directions)
+    ]  # fmt: skip
 
 
 def _layer_by_layer(
@@ -204,6 +260,7 @@ def _layer_by_layer(
             weights[k * each : (k + 1) * each], bias, 1, directions, 0.0, batch_sizes, reset,
             None if packed is None else packed[here], lengths, recompute,
             last and options.return_last,
+            _masks_of_layer(options, sequences, spec, y, weights[k * each :], directions),
         )  # fmt: skip
         states.append((h_n, c_n))
         if options.residual and entered.size(-1) == directions * h_n.size(-1):
@@ -239,6 +296,15 @@ def run(
     """_run.stack (`stack`) with options: y, its last step if that alone is asked for, h_n, c_n.
     empty: which sequences have no step, only one of zeros; order: that of packed rows."""
     options = options or PLAIN
+    if options.zoneout:
+        spec = zoneout_cell(spec)
+        if len(weights) // (num_layers * directions) % 2:
+            raise RuntimeError("rnnfast: zoneout has no form with a projection (proj_size)")
+    if options.recurrent_dropout and (not spec.dense or spec.stages):
+        raise RuntimeError(
+            "rnnfast: recurrent_dropout drops h on its one way into W_hh, a matrix, which a layer "
+            f"of the cell {spec.name} has not; it must be 0, got {options.recurrent_dropout!r}"
+        )
     if options.weight_dropout:
         each = len(weights) // (num_layers * directions)
         weights = _drop_weights(weights, each, options.weight_dropout, packed)
@@ -250,7 +316,8 @@ def run(
         lengths, recompute,
     )  # fmt: skip
     added: Tensor | None = None
-    if options.residual or options.input_dropout:
+    inside = options.recurrent_dropout or options.zoneout
+    if options.residual or options.input_dropout or inside:
         y, added, h_n, c_n = _layer_by_layer(stack, options, *args, order)
         if empty is not None and added is not None:
             added = torch.where(empty, 0, added)

@@ -17,6 +17,7 @@ from . import (
     _last,
     _lengths,
     _mask,
+    _masks,
     _modes,
     _passes,
     _recompute,
@@ -42,6 +43,7 @@ from ._checks import (
     check_recompute,
     check_weights,
 )
+from ._masked import Masks
 from ._modes import is_transformed, refuse_tangents
 from ._modes import transforms_active as _transforms_active
 from ._regularize import Options
@@ -72,8 +74,14 @@ def direction(
     lengths: Tensor | None = None,
     recompute: bool = False,
     last: bool = False,
+    masks: Masks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of one layer: (y, h_n, c_n); `last`: nobody reads y."""
+    if masks is not None:
+        return _masks.direction(
+            use_ref, spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset,
+            packed_weights, reverse, lengths, recompute, masks,
+        )  # fmt: skip
     if use_ref:
         check_weights(spec, x, w_ih, w_hh, b_ih, b_hh, w_hr)
         if not torch.compiler.is_compiling():
@@ -147,13 +155,14 @@ def stack(
     lengths: Tensor | None = None,
     recompute: bool = False,
     last: bool = False,
+    masks: Sequence[Masks] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions.
 
     x (T, B, I) or packed (N, I), h0 (L*D, B, P), c0 (L*D, B, H) or None, reset (T, B) or (N,) as
     the forward direction has it; packed_weights: those of a frozen layer; lengths: of padded x,
-    where a graph keeps them; last: nobody reads y, which may then be empty. Gives y, h_n
-    (L*D, B, P) and c_n (L*D, B, H), which is empty for cells of one state.
+    where a graph keeps them; last: nobody reads y, which may then be empty; masks: those of each
+    pass. Gives y, h_n (L*D, B, P) and c_n (L*D, B, H), which is empty for cells of one state.
     """
     without_rules = batch_sizes is not None or spec.parameters > 0
     use_ref = use_reference(x, h0, c0, weights, without_rules)
@@ -182,6 +191,7 @@ def stack(
             lengths,
             recompute,
             last,
+            None if masks is None else masks[0],
         )
         if use_ref or _transforms_active():
             return y, h_n.unsqueeze(0), c_n
@@ -192,6 +202,7 @@ def stack(
         use_ref
         or recompute
         or packed_weights is not None
+        or masks is not None
         or is_exporting()
         or (last and x.is_cpu and lengths is None and not _stack.saves(x, h0, c0, weights))
     ):
@@ -201,7 +212,7 @@ def stack(
     passes = _passes.split(
         weights, num_layers, directions, h0, c0, batch_sizes, reset, packed_weights
     )
-    one_by_one = use_ref or recompute or lengths is not None
+    one_by_one = use_ref or recompute or lengths is not None or masks is not None
     grouped = not one_by_one and _group.applies(x, passes)
     all_at_once = grouped and directions == 1 and dropout == 0
 
@@ -211,7 +222,10 @@ def stack(
             return _group.run(spec, y, some, batch_sizes, directions == 1, ends)
         outs: list[Any] = []
         for k, (*tensors, mask, packed) in enumerate(some):
-            args: Any = (*tensors, batch_sizes, mask, packed, k == 1, lengths, recompute, ends)
+            drawn = None if masks is None else masks[first + k]
+            args: Any = (
+                *tensors, batch_sizes, mask, packed, k == 1, lengths, recompute, ends, drawn,
+            )  # fmt: skip
             outs.append(direction(use_ref, spec, y, *args))
         return outs
 
@@ -381,7 +395,8 @@ def of_module(
         module.proj_size, module.num_layers, module.bias or spec.parameters > 0,
         module.batch_first,
         module.dropout if module.training else 0.0, module.bidirectional, packed, lengths,
-        getattr(module, "recompute", False), mask, _regularize.of_module(name, module),
+        getattr(module, "recompute", False), mask,
+        _regularize.of_module(name, module, spec.states),
     )  # fmt: skip
 
 

@@ -141,7 +141,7 @@ def _checked_states(
 def step(layer: Any, spec: CellSpec, input: Any, state: Any, reset: Any) -> tuple[Tensor, Any]:
     """What Layer.step does."""
     compiling = _is_compiling()
-    options = _regularize.of_step(type(layer).__name__, layer)
+    options = _regularize.of_step(type(layer).__name__, layer, spec.states)
     plain = options is None
     if (
         not compiling

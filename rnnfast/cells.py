@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["ACTIVATIONS", "CELLS", "CellSpec", "cell_spec", "chosen_cell"]
+__all__ = ["ACTIVATIONS", "CELLS", "CellSpec", "cell_spec", "chosen_cell", "zoneout_cell"]
 
 #: The activations that a layer may choose, by the names of :mod:`torch.nn.functional`; csrc numbers
 #: them from 1 on.
@@ -43,6 +43,8 @@ class CellSpec:
         stages: whether a step is more than a product and a pointwise function
         activation, gate_activation: those of the state and of the gates
         clip: bound of the LSTM's ``c``, 0 for none
+        keeps: whether a part of the states may stay as it was (``name`` then ends with
+            ``_zoneout``)
     """
 
     name: str
@@ -59,6 +61,7 @@ class CellSpec:
     activation: str = "tanh"
     gate_activation: str = "sigmoid"
     clip: float = 0.0
+    keeps: bool = False
 
     @property
     def is_own(self) -> bool:
@@ -95,6 +98,11 @@ CELLS: tuple[CellSpec, ...] = (
     CellSpec("sru", 18, gates=4, states=2, saved=4, parameters=2, dense=False),
     CellSpec("coupled_lstm", 19, gates=3, states=2, saved=3, options=True),
     CellSpec("gru_before", 20, gates=3, states=1, saved=3, options=True, stages=True),
+    CellSpec("lstm_zoneout", 21, gates=4, states=2, saved=5, options=True, keeps=True),
+    CellSpec(
+        "gru_zoneout", 22, gates=3, states=1, saved=4, split_gates=True, options=True, keeps=True
+    ),
+    CellSpec("rnn_zoneout", 23, gates=1, states=1, saved=1, options=True, keeps=True),
 )
 
 _BY_NAME = {spec.name: spec for spec in CELLS}
@@ -202,3 +210,37 @@ def chosen_cell(
         return _BY_NAME[fixed]
     any_of = f"{kind}_any"
     return _of_code(_BY_NAME[any_of if any_of in _BY_NAME else kind].id | code)
+
+
+def zoneout_cell(spec: CellSpec) -> CellSpec:
+    """The same cell, of whose states a part may stay as it was.
+
+    Args:
+        spec: an LSTM's, a GRU's or an RNN's cell
+
+    Raises:
+        RuntimeError: a cell that has no form with zoneout
+
+    Example::
+
+        >>> zoneout_cell(cell_spec("rnn_relu")).activation
+        'relu'
+    """
+    if spec.keeps:
+        return spec
+    if spec.name not in ("lstm", "lstm_any", "gru", "gru_any", "rnn_tanh", "rnn_relu", "rnn_any"):
+        raise RuntimeError(
+            f"rnnfast: zoneout is for the cells of LSTM, GRU and RNN, got cell {spec.name}"
+        )
+    kind, options = _BY_NAME[spec.name.partition("_")[0] + "_zoneout"], spec.id & ~0xFF
+    activation = spec.activation
+    if spec.name == "rnn_relu":
+        activation = "relu"
+        options = _number("RNN", "activation", activation) << 16
+    return replace(
+        kind,
+        id=kind.id | options,
+        activation=activation,
+        gate_activation=spec.gate_activation,
+        clip=spec.clip,
+    )

@@ -293,6 +293,8 @@ def _layer_rows(name: str, module: nn.Module, x: Any, seq_len: int, batch: int) 
         def beside(layer: int, direction: int, inputs: int) -> Beside | None:
             if train and spec_of(m).saved > 0 and getattr(m, "recompute", False):
                 return None  # one pass after the other, a chunk at a time
+            if m.zoneout or (m.training and m.recurrent_dropout):
+                return None  # one pass after the other
             if m.bidirectional:
                 return Beside(2, False, direction, inputs)
             between = m.residual or (m.training and (m.dropout > 0 or m.input_dropout > 0))

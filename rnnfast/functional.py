@@ -74,7 +74,7 @@ _LAYER_DOC = r"""{what}
         mask: true at the valid steps of padded input, as :class:`rnnfast.LSTM` takes it
         weight_dropout, input_dropout: probability of an entry of w_hh (one mask a call), and of a
             feature of a layer's input (one mask a sequence), being zeroed in training
-        return_last: the output is that of the last step only{residual}{activation}
+        return_last: the output is that of the last step only{residual}{inside}{activation}
 
     Shape:
         - input: :math:`(T, B, I)`, :math:`(B, T, I)` if ``batch_first``, :math:`(T, I)`, or packed
@@ -87,7 +87,7 @@ _LAYER_DOC = r"""{what}
     Raises:
         RuntimeError: a size, device or number of weights that does not fit
         ValueError: an input of the wrong rank or dtype, ``dropout`` outside of [0, 1],
-            ``weight_dropout`` or ``input_dropout`` outside of [0, 1)
+            another probability outside of [0, 1)
         TypeError: weights, hx or options of another type
 
     Example::
@@ -127,11 +127,14 @@ def _layer(
     input_dropout: float,
     return_last: bool,
     residual: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: float | tuple[float, float] = 0.0,
 ) -> tuple[Any, Any]:
     _check_options(num_layers, bias, dropout)
     options = _regularize.of_function(
-        name, training, weight_dropout, input_dropout, residual, return_last
-    )
+        name, training, spec.states, weight_dropout, input_dropout, residual, return_last,
+        recurrent_dropout, zoneout,
+    )  # fmt: skip
     count = num_layers * (2 if bidirectional else 1)
     each = (4 if bias else 2) + (spec.parameters > 0)
     if not isinstance(weights, Iterable):
@@ -198,6 +201,8 @@ def lstm(
     weight_dropout: float = 0.0,
     input_dropout: float = 0.0,
     return_last: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: float | tuple[float, float] = 0.0,
     activation: str = "tanh",
     gate_activation: str = "sigmoid",
     cell_clip: float | None = None,
@@ -211,7 +216,7 @@ def lstm(
     return _layer(
         "LSTM", spec, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
         training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
-        return_last,
+        return_last, False, recurrent_dropout, zoneout,
     )  # fmt: skip
 
 
@@ -233,6 +238,8 @@ def gru(
     weight_dropout: float = 0.0,
     input_dropout: float = 0.0,
     return_last: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
     activation: str = "tanh",
     gate_activation: str = "sigmoid",
     reset_after: bool = True,
@@ -241,7 +248,7 @@ def gru(
     return _layer(
         "GRU", spec, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
         training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
-        return_last,
+        return_last, False, recurrent_dropout, zoneout,
     )  # fmt: skip
 
 
@@ -263,11 +270,13 @@ def rnn_tanh(
     weight_dropout: float = 0.0,
     input_dropout: float = 0.0,
     return_last: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
 ) -> tuple[Form, Tensor]:
     return _layer(
         "RNN", _RNN_TANH, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
         training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
-        return_last,
+        return_last, False, recurrent_dropout, zoneout,
     )  # fmt: skip
 
 
@@ -289,11 +298,13 @@ def rnn_relu(
     weight_dropout: float = 0.0,
     input_dropout: float = 0.0,
     return_last: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
 ) -> tuple[Form, Tensor]:
     return _layer(
         "RNN", _RNN_RELU, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
         training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
-        return_last,
+        return_last, False, recurrent_dropout, zoneout,
     )  # fmt: skip
 
 
@@ -370,11 +381,13 @@ def rnn(
     weight_dropout: float = 0.0,
     input_dropout: float = 0.0,
     return_last: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
 ) -> tuple[Form, Tensor]:
     return _layer(
         "RNN", chosen_cell("rnn", "rnn", activation), input, hx, reset, weights,
         num_layers, bias, batch_first, dropout, training, bidirectional, lengths, recompute, mask,
-        weight_dropout, input_dropout, return_last,
+        weight_dropout, input_dropout, return_last, False, recurrent_dropout, zoneout,
     )  # fmt: skip
 
 
@@ -413,6 +426,13 @@ _RECOMPUTE = (
     "            anew there"
 )
 _RESIDUAL = "\n        residual: as :class:`rnnfast.IndRNN` has it"
+_INSIDE = (
+    "\n        recurrent_dropout: probability of a feature of h being zeroed on its way into w_hh"
+    "\n            in training, one mask a sequence"
+    "\n        zoneout: probability of an entry of a state staying as it was at a step in training,"
+    "\n            and the part that stays else"
+)
+_PAIR = "; a pair: of h and of c"
 _ONE_ACTIVATION = "\n        activation: one of :data:`rnnfast.ACTIVATIONS`"
 _TWO_ACTIVATIONS = "\n        activation, gate_activation: two of :data:`rnnfast.ACTIVATIONS`"
 _ACTIVATION = {
@@ -492,5 +512,6 @@ for _function, _module, _what, _equation in _DOCS:
         out_names="(h_n, c_n)" if _two else "h_n",
         activation=_ACTIVATION.get(_function.__name__, ""),
         residual=_RESIDUAL if "indrnn" in _function.__name__ else "",
+        inside="" if "indrnn" in _function.__name__ else _INSIDE + _PAIR * _two,
         recompute=_NOTHING_KEPT if "rnn_" in _function.__name__ else _RECOMPUTE,
     )

@@ -52,6 +52,11 @@ class GRU(OneStateCalls):
             attribute, too
         input_dropout: probability of a feature of each layer's input being zeroed in training, one
             mask a sequence (Gal & Ghahramani 2016, arXiv:1512.05287); an attribute, too
+        recurrent_dropout: probability of a feature of h being zeroed on its way into `W_hh` in
+            training, one mask a sequence for each layer and direction (Gal & Ghahramani 2016,
+            arXiv:1512.05287); an attribute, too
+        zoneout: probability of an entry of h staying as it was at a step in training; in eval that
+            part of it stays (Krueger et al. 2017, arXiv:1606.01305); an attribute, too
         return_last: the output is that of the last step only, :math:`(B, D \cdot H)`; an
             attribute, too
         activation, gate_activation: of the candidate :math:`n` (tanh above), and of the gates
@@ -115,6 +120,8 @@ class GRU(OneStateCalls):
         weight_dropout: float = 0.0,
         input_dropout: float = 0.0,
         return_last: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
         reset_after: bool = True,
@@ -129,4 +136,6 @@ class GRU(OneStateCalls):
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, 0, device, dtype,
         )  # fmt: skip
-        self._set_options(recompute, weight_dropout, input_dropout, False, return_last)
+        self._set_options(
+            recompute, weight_dropout, input_dropout, False, return_last, recurrent_dropout, zoneout
+        )

@@ -76,6 +76,12 @@ class LSTM(LSTMCalls):
             attribute, too
         input_dropout: probability of a feature of each layer's input being zeroed in training, one
             mask a sequence (Gal & Ghahramani 2016, arXiv:1512.05287); an attribute, too
+        recurrent_dropout: probability of a feature of h being zeroed on its way into `W_hh` in
+            training, one mask a sequence for each layer and direction (Gal & Ghahramani 2016,
+            arXiv:1512.05287); an attribute, too
+        zoneout: probability of an entry of h, and of c, staying as it was at a step in training;
+            in eval that part of it stays. A number, or a pair for h and c (Krueger et al. 2017,
+            arXiv:1606.01305); not with ``proj_size``; an attribute, too
         return_last: the output is that of the last step only, :math:`(B, D \cdot P)`; an
             attribute, too
         forget_bias: what the forget gate's bias starts from (its part of b_ih; that of b_hh is
@@ -158,6 +164,8 @@ class LSTM(LSTMCalls):
         weight_dropout: float = 0.0,
         input_dropout: float = 0.0,
         return_last: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
         forget_bias: float | None = None,
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
@@ -183,7 +191,9 @@ class LSTM(LSTMCalls):
         self.mode = "LSTM"
         if peephole:
             self._add_peepholes(device, dtype)
-        self._set_options(recompute, weight_dropout, input_dropout, False, return_last)
+        self._set_options(
+            recompute, weight_dropout, input_dropout, False, return_last, recurrent_dropout, zoneout
+        )
 
     def _add_peepholes(self, device: Device, dtype: torch.dtype | None) -> None:
         self.peephole = True

@@ -241,13 +241,20 @@ def forward_backward(
     return (*(g if n else None for g, n in zip(grads, needed, strict=True)), *none[8:])
 
 
-def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def backward_setup(
+    ctx: Any, tensors: tuple[Any, ...], numbers: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
+    """tensors: all but y and saved; numbers: cell, reverse and needs."""
     ctx.set_materialize_grads(False)
-    ctx.cell, ctx.reverse, ctx.needs = inputs[15:18]
+    ctx.cell, ctx.reverse, ctx.needs = numbers
     ctx.mark_non_differentiable(
         *(g for g, bit in zip(output, _BITS, strict=True) if not ctx.needs & bit)
     )
-    ctx.save_for_backward(*inputs[:13])
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    backward_setup(ctx, inputs[:13], inputs[15:18], output)
 
 
 def _alias(tensor: Tensor | None, needed: bool) -> Tensor | None:
@@ -287,8 +294,13 @@ def reference_backward(
 
 
 def _reference_of(rows: Sequence[Tensor | None], ctx: Any) -> Any:
+    more: dict[str, Any] = {}
+    if len(rows) > 2:  # masks (_masked.py)
+        *keep, h_scale = ctx.numbers
+        more = {"keep": keep, "h_scale": h_scale}
+
     def run(*args: Any) -> Any:
-        return reference.forward(*args, *rows, cell=ctx.cell, reverse=ctx.reverse)
+        return reference.forward(*args, *rows, cell=ctx.cell, reverse=ctx.reverse, **more)
 
     return run
 
@@ -340,9 +352,10 @@ def _second_vjp(
 
 
 def _backward_backward(ctx: Any, *ddout: Tensor | None) -> _Grads:
-    none: _Grads = (None,) * 18
+    none: _Grads = (None,) * len(ctx.needs_input_grad)
     args = list(ctx.saved_tensors)
-    rows = batch_sizes, _ = args[11:]
+    rows = args[11:]
+    batch_sizes: Any = rows[0]
     del args[11:]
     dout_needed, needed = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:11]
     create_graph = torch.is_grad_enabled()

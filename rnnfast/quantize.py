@@ -38,7 +38,8 @@ def quantize_rows(w: Tensor, name: str) -> tuple[Tensor, Tensor]:
 class Quantized(nn.Module):
     """What the four quantized layers share; made by :func:`quantize`."""
 
-    weight_dropout = input_dropout = 0.0  # inference only
+    weight_dropout = input_dropout = recurrent_dropout = 0.0  # inference only
+    zoneout = 0.0
     residual: bool = False
     return_last: bool = False
 
@@ -46,6 +47,11 @@ class Quantized(nn.Module):
         super().__init__()
         source: Any = layer
         self._spec = spec_of(layer)
+        if self._spec.keeps:
+            raise RuntimeError(
+                "rnnfast: quantize has no kernels for zoneout, which mixes states in inference, "
+                f"too, got zoneout={source.zoneout!r}; exclude the layer, or set zoneout to 0"
+            )
         if self._spec.options:
             raise RuntimeError(
                 "rnnfast: quantize has no kernels for the cell of "

@@ -49,7 +49,7 @@ def cell_step(
     if spec.is_own:
         return _own_step(spec, gx, gh, state, p)
     act, gate = _activation(spec.activation), _activation(spec.gate_activation)
-    if spec.name in ("lstm", "lstm_any"):
+    if spec.name in ("lstm", "lstm_any", "lstm_zoneout"):
         # Hochreiter & Schmidhuber 1997; forget gate of Gers et al. 2000
         i, f, g, o = (gx + gh).chunk(4, -1)
         c = gate(f) * state[1] + gate(i) * act(g)
@@ -70,7 +70,7 @@ def cell_step(
         if spec.clip:
             c = c.clamp(-spec.clip, spec.clip)
         return gate(o + p[2] * c) * act(c), c
-    if spec.name in ("gru", "gru_any"):
+    if spec.name in ("gru", "gru_any", "gru_zoneout"):
         # Cho et al. 2014, with the reset after the product, as cuDNN and torch.nn have it
         x_r, x_z, x_n = gx.chunk(3, -1)
         h_r, h_z, h_n = gh.chunk(3, -1)
@@ -192,9 +192,13 @@ def forward(
     w_hr: Tensor | None = None,
     batch_sizes: Tensor | None = None,
     reset: Tensor | None = None,
+    zone: Tensor | None = None,
+    h_kept: Tensor | None = None,
     *,
     cell: CellSpec | str | int,
     reverse: bool = False,
+    keep: Sequence[float] = (0.0, 0.0),
+    h_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""One direction of one layer, as ``torch.ops.rnnfast.forward`` without what it saves.
 
@@ -206,8 +210,14 @@ def forward(
         batch_sizes: as in :class:`torch.nn.utils.rnn.PackedSequence`, or ``None``
         reset: where it is true, the state that enters the step of that row is zero, whatever was
             there before; or ``None``
+        zone: where it is true a state stays as it was (zoneout; Krueger et al. 2017,
+            arXiv:1606.01305), or ``None``
+        h_kept: which entries of h enter the product with w_hh, ``h_scale`` times, the others as
+            zeros (Gal & Ghahramani 2016, arXiv:1512.05287); ``None`` for all
         cell: name, id or :class:`~rnnfast.cells.CellSpec`
         reverse: run time backwards; ``y[t]`` still belongs to ``x[t]``
+        keep: what part of h, and of the other states, stays where ``zone`` is false
+        h_scale: factor of what enters the product, with ``h_kept``
 
     Shape:
         - x: :math:`(T, B, I)`, or packed :math:`(\sum_t n_t, I)`
@@ -221,6 +231,8 @@ def forward(
         - w_hr: :math:`(P, H)`
         - batch_sizes: :math:`(T)`, int64
         - reset: :math:`(T, B)`, or packed :math:`(\sum_t n_t)`, bool
+        - zone: :math:`(T, B, S, H)`, or packed :math:`(\sum_t n_t, S, H)`, bool
+        - h_kept: :math:`(B, P)`, bool
         - Output: ``y`` :math:`(T, B, P)` or :math:`(\sum_t n_t, P)`, ``h_n`` :math:`(B, P)`,
           ``c_n`` :math:`(S-1, B, H)`
 
@@ -242,6 +254,8 @@ def forward(
         x = x[to_packed].unflatten(0, (-1, batch)) if batch else x.new_zeros(0, 0, x.size(1))
         if reset is not None:
             reset = reset[to_packed].unflatten(0, (-1, batch)) & valid if batch else None
+        if zone is not None:
+            zone = zone[to_packed].unflatten(0, (-1, batch)) if batch else None
         # what stands in place of a missing row must not leak a NaN of another sequence
         valid = valid.unsqueeze(-1)
         x = torch.where(valid, x, 0)
@@ -273,21 +287,32 @@ def forward(
             product = link @ w_link
             return product if b_link is None else product + b_link
 
+    if h_kept is not None:
+        h_kept = h_kept[:batch]
+
+    def mixed(t: int, s: int, before: Tensor, after: Tensor) -> Tensor:
+        part = keep[min(s, 1)]
+        out = part * before + (1 - part) * after if part else after
+        return out if zone is None else torch.where(zone[t][:, s], before, out)
+
     y: list[Tensor] = [h] * steps
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
         if reset is not None:  # where() and no product: a NaN in the old state ends here
             h = torch.where(reset[t], 0, h)
             rest = tuple(torch.where(reset[t], 0, state) for state in rest)
         # expanded by hand: torch.func loses the level of an older pullback in a broadcast product
+        entering = h if h_kept is None else torch.where(h_kept, h * h_scale, 0)
         if spec.diagonal:
             gh = h * w_hh.expand_as(h)
         elif spec.dense:
-            gh = h @ w_hh.t()
+            gh = entering @ w_hh.t()
         else:
             gh = torch.zeros_like(gx[t])
         if b_hh is not None and (spec.has_hidden_side or b_hh.size(0) > 0):
             gh = gh + b_hh
         new = cell_step(spec, gx[t], gh, (h, *rest), p, linked)
+        if zone is not None or any(keep):
+            new = tuple(mixed(t, s, b, a) for s, (b, a) in enumerate(zip((h, *rest), new)))
         out = new[0] if w_hr is None else new[0] @ w_hr.t()
         if valid is not None:
             out = torch.where(valid[t], out, h)

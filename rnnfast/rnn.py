@@ -53,6 +53,11 @@ class RNN(OneStateCalls):
             attribute, too
         input_dropout: probability of a feature of each layer's input being zeroed in training, one
             mask a sequence (Gal & Ghahramani 2016, arXiv:1512.05287); an attribute, too
+        recurrent_dropout: probability of a feature of h being zeroed on its way into `W_hh` in
+            training, one mask a sequence for each layer and direction (Gal & Ghahramani 2016,
+            arXiv:1512.05287); an attribute, too
+        zoneout: probability of an entry of h staying as it was at a step in training; in eval that
+            part of it stays (Krueger et al. 2017, arXiv:1606.01305); an attribute, too
         return_last: the output is that of the last step only, :math:`(B, D \cdot H)`; an
             attribute, too
         activation: in place of ``nonlinearity``: one of :data:`rnnfast.ACTIVATIONS`, with torch's
@@ -114,6 +119,8 @@ class RNN(OneStateCalls):
         weight_dropout: float = 0.0,
         input_dropout: float = 0.0,
         return_last: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
         activation: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -124,7 +131,9 @@ class RNN(OneStateCalls):
             "RNN_" + nonlinearity.upper(), input_size, hidden_size, num_layers, bias,
             batch_first, dropout, bidirectional, 0, device, dtype,
         )  # fmt: skip
-        self._set_options(recompute, weight_dropout, input_dropout, False, return_last)
+        self._set_options(
+            recompute, weight_dropout, input_dropout, False, return_last, recurrent_dropout, zoneout
+        )
 
 
 class IndRNN(OneStateCalls):

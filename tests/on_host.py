@@ -43,7 +43,7 @@ NOT_FOR_IT = {
 def operators() -> Any:
     """torch.ops.rnnfast_on_host, with the derivatives of torch.ops.rnnfast."""
     import rnnfast
-    from rnnfast import _group, _lengths, ops, scan
+    from rnnfast import _group, _lengths, _masked, ops, scan
 
     torch.ops.load_library(str(Path(rnnfast.__file__).with_name("_on_host.so")))
     for name, fake, backward, setup in (
@@ -55,6 +55,13 @@ def operators() -> Any:
             _lengths.backward_fake,
             _lengths._double_backward,
             ops._backward_setup,
+        ),
+        ("forward_masked", _masked.forward_fake, _masked.formula, _masked.setup),
+        (
+            "backward_masked",
+            _masked.backward_fake,
+            ops._backward_backward,
+            _masked.backward_setup,
         ),
         ("scan", scan.scan_fake, scan._scan_formula, scan._scan_setup),
         ("scan_backward", scan.scan_backward_fake, scan._backward_formula, scan._backward_setup),
@@ -73,7 +80,7 @@ def fill_fresh_memory(byte: int) -> None:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts the operators of the device on the host where Python calls the CPU's."""
-    from rnnfast import _group, _lengths, _run, _step, ops, scan
+    from rnnfast import _group, _lengths, _masked, _run, _step, ops, scan
 
     found = operators()
     monkeypatch.setattr(ops, "forward", found.forward.default)
@@ -83,6 +90,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "scan_backward", found.scan_backward.default)
     monkeypatch.setattr(_lengths, "forward", found.forward_lengths.default)
     monkeypatch.setattr(_lengths, "backward", found.backward_lengths.default)
+    monkeypatch.setattr(_masked, "forward", found.forward_masked.default)
+    monkeypatch.setattr(_masked, "backward", found.backward_masked.default)
     monkeypatch.setattr(_run, "_forward", found.forward.default)
     monkeypatch.setattr(_step, "_forward", found.forward.default)
     monkeypatch.setattr(_group, "_forward_group", found.forward_group.default)

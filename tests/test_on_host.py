@@ -16,13 +16,13 @@ import test_scan
 import tolerance
 import torch
 from cases import Case
-from passes import at_once, one_by_one, passes_of
+from passes import at_once, needs_of, one_by_one, passes_of
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import rnnfast
 from rnnfast import _cuda
-from rnnfast.cells import CELLS
+from rnnfast.cells import CELLS, CellSpec
 
 DEVICE = on_host.operators()
 CPU = torch.ops.rnnfast
@@ -147,6 +147,43 @@ def test_projection(chained: bool, packed: bool) -> None:
         found = how(DEVICE, x, passes, sizes, 0, chained)
         close(found[0], want[0])
         close(found[1], want[1])
+
+
+MASKED = [
+    (spec, form, options)
+    for spec in CELLS
+    if spec.keeps or spec.name in ("lstm", "gru", "rnn_tanh")
+    for form, options in [*FORMS, ("projected", {"proj": True})]
+    if form != "projected" or spec.name == "lstm"
+]
+
+
+@pytest.mark.parametrize(
+    ("spec", "form", "options"), MASKED, ids=[f"{spec.name}-{form}" for spec, form, _ in MASKED]
+)
+def test_masks(spec: CellSpec, form: str, options: dict[str, Any]) -> None:
+    """Zoneout, drawn and expected, and dropout of h."""
+    x, (given,), sizes = passes_of(spec.id, 1, False, **options)
+    *t, reset = given.values()
+    zone = torch.rand(*x.shape[:-1], spec.states, 5) < 0.4
+    kept = torch.rand(3, given["w_hh"].size(-1)) < 0.6
+    masks: list[Any] = [(None, kept, 0.0, 0.0, 1.25)]
+    if spec.keeps:
+        masks += [(zone, None, 0.0, 0.0, 1.0), (zone, kept, 0.3, 0.6, 2.5)]
+    for zone_or_none, h_kept, *numbers in masks:
+        rows = (*t, sizes, reset, zone_or_none, h_kept)
+        for reverse in (False, True):
+            found = []
+            for ops in (CPU, DEVICE):
+                y, h_n, c_n, saved = ops.forward_masked(
+                    x, *rows, None, *numbers, spec.id, reverse, True
+                )
+                grads = ops.backward_masked(
+                    torch.cos(y), torch.sin(h_n), torch.sin(c_n), x, *rows, y, saved, *numbers,
+                    spec.id, reverse, needs_of(given),
+                )  # fmt: skip
+                found.append([y, h_n, c_n, saved, *grads])
+            close(*found)
 
 
 @pytest.mark.parametrize("cell", [0, 1, 4], ids=["lstm", "gru", "indrnn_tanh"])

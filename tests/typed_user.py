@@ -35,6 +35,9 @@ assert_type(rnnfast.IndRNN(10, 20)(x)[1], Tensor)
 assert_type(gru(x, mask=x[..., 0] > 0), tuple[Tensor, Tensor])
 regular = rnnfast.LSTM(10, 20, weight_dropout=0.5, input_dropout=0.4, forget_bias=1.0)
 regular.weight_dropout, regular.return_last = 0.3, True
+regular.recurrent_dropout, regular.zoneout = 0.2, (0.5, 0.05)
+zoned = rnnfast.GRU(10, 20, recurrent_dropout=0.3, zoneout=0.1)
+assert_type(rnnfast.LSTM(10, 20, zoneout=(0.5, 0.05)).zoneout, float | tuple[float, float])
 deep = rnnfast.IndRNN(10, 20, 4, residual=True, return_last=True)
 assert_type(deep.constrain_(784).init_memory_(784, epsilon=0.5), rnnfast.IndRNN)
 chosen = rnnfast.LSTM(10, 20, activation="relu", gate_activation="hard_sigmoid", cell_clip=3.0)
@@ -88,6 +91,10 @@ assert_type(rnnfast.functional.gru(x, None, weights, recompute=True), tuple[Tens
 assert_type(
     rnnfast.functional.gru(x, None, weights, mask=x[..., 0] > 0, training=True, weight_dropout=0.5),
     tuple[Tensor, Tensor],
+)
+assert_type(
+    rnnfast.functional.lstm(x, None, weights, zoneout=(0.5, 0.05), recurrent_dropout=0.3),
+    tuple[Tensor, States],
 )
 assert_type(rnnfast.functional.rnn_relu(x, None, weights), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.indrnn_tanh(x, None, weights), tuple[Tensor, Tensor])
@@ -144,6 +151,7 @@ rnnfast.GRU(10, 20, recompute=64)  # type: ignore[arg-type]
 rnnfast.IndRNN(10, 20, proj_size=4)  # type: ignore[call-arg]
 rnnfast.LSTM(10, 20, residual=True)  # type: ignore[call-arg]
 rnnfast.GRU(10, 20, weight_dropout="0.5")  # type: ignore[arg-type]
+rnnfast.GRU(10, 20, zoneout=(0.1, 0.1))  # type: ignore[arg-type]
 lstm(x, x)  # type: ignore[arg-type]
 gru(x, (x, x))  # type: ignore[arg-type]
 print(lstm(x)[1].shape)  # type: ignore[attr-defined]

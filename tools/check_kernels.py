@@ -35,6 +35,9 @@ CELLS = {
     "sru": "SruCell",
     "coupled_lstm": "CoupledLstmCell",
     "gru_before": "GruBeforeCell",
+    "lstm_zoneout": "Zoneout<LstmCellOf<ChosenActivations> >",
+    "gru_zoneout": "Zoneout<GruCellOf<ChosenActivations> >",
+    "rnn_zoneout": "Zoneout<RnnAnyCellOf<dense> >",
 }
 # Cells of two halves, and their kernels.
 STAGED = ("gru_before",)
@@ -92,7 +95,7 @@ def expected() -> set[str]:
     }
     rows = {
         f"{kernel}<{dtype}>"
-        for kernel in ("gather_projected", "sum_slices", "sum_parts")
+        for kernel in ("gather_projected", "drop_rows", "sum_slices", "sum_parts")
         for dtype in DTYPES
     }
     scans = {
@@ -103,7 +106,8 @@ def expected() -> set[str]:
     }
     wide = {"double": "double"}
     copies = {f"copy_rows<{wide.get(dtype, 'float')}, {dtype}>" for dtype in DTYPES}
-    return steps | rows | scans | copies | {"copy_offsets"} | onchip().keys()
+    sums = {"add_dropped<float>", "add_dropped<double>", "copy_offsets"}
+    return steps | rows | scans | copies | sums | onchip().keys()
 
 
 def plain(demangled: str) -> str:

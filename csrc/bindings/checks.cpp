@@ -231,6 +231,9 @@ CheckedLayer::CheckedLayer(const LayerTensors& t)
   }
   reset_ = t.reset;
   if (reset_) check_reset();
+  if (t.masks) masks_ = *t.masks;
+  check_masks();
+  drops_h = masks_.h_kept.has_value();
   if (t.checks_only) return;
   x_ = unit_stride(x_);
   // Packed weights stand in for these, which may then be views without memory of their own.
@@ -242,6 +245,8 @@ CheckedLayer::CheckedLayer(const LayerTensors& t)
   b_hh_ = contiguous(b_hh_);
   if (!t.packed) w_hr_ = contiguous(w_hr_);
   reset_ = contiguous(reset_);
+  masks_.zone = contiguous(masks_.zone);
+  masks_.h_kept = contiguous(masks_.h_kept);
 }
 
 void CheckedLayer::check_weights() {
@@ -255,7 +260,8 @@ void CheckedLayer::check_weights() {
   output_size = hidden_size;
   check_shape("w_ih", w_ih_, "(G*H, I)", {gate_rows, input_size});
   if (projection) {
-    if (cell.states != 2 || !cell.dense)
+    // What stays of h is read behind the projection, where no engine mixes it in.
+    if (cell.states != 2 || !cell.dense || cell.keeps)
       fail(std::string("w_hr is for lstm only, got cell ") + cell.name);
     check_same("w_hr", *w_hr_, dtype, place);
     if (w_hr_->dim() != 2) fail("w_hr must have shape (P, H), got " + shape_text(*w_hr_));
@@ -312,12 +318,44 @@ void CheckedLayer::check_batch_sizes(const OptionalTensor& batch_sizes) {
          " rows");
 }
 
+void CheckedLayer::check_flags(const char* name, const Tensor& flags) const {
+  if (place_of(flags) != place)
+    fail(std::string(name) + " must be on the same device as x (" + place_text(place) + ")");
+  if (flags.scalar_type() != ScalarType::Bool)
+    fail(std::string(name) + " must be bool, got " + dtype_text(flags.scalar_type()));
+  check_memory(name, flags);
+}
+
+void CheckedLayer::check_masks() const {
+  if (masks_.zone || masks_.keep_h != 0 || masks_.keep_c != 0) {
+    if (!cell.keeps)
+      fail(std::string("zone, keep_h and keep_c are for cells of zoneout, got cell ") + cell.name);
+    for (const double keep : {masks_.keep_h, masks_.keep_c})
+      if (!(keep >= 0 && keep <= 1))
+        fail("keep_h and keep_c must be in [0, 1], got " + std::to_string(keep));
+  }
+  if (masks_.zone) {
+    check_flags("zone", *masks_.zone);
+    if (packed_rows)
+      check_shape("zone", *masks_.zone, "(N, S, H)", {rows, cell.states, hidden_size});
+    else
+      check_shape("zone", *masks_.zone, "(T, B, S, H)", {seq_len, batch, cell.states, hidden_size});
+  }
+  if (!masks_.h_kept) return;
+  const Tensor& kept = *masks_.h_kept;
+  check_flags("h_kept", kept);
+  if (!cell.dense)
+    fail(std::string("h_kept is for cells whose w_hh is a matrix, got cell ") + cell.name);
+  if (cell.stages) fail(std::string("h_kept is for cells without stages, got cell ") + cell.name);
+  // A graph of packed rows may not know how many sequences there are.
+  if (kept.dim() != 2 || kept.size(0) < batch || kept.size(1) != output_size)
+    fail(std::string("h_kept must have shape ") + (projection ? "(B, P)" : "(B, H)") +
+         " with at least B = " + std::to_string(batch) + " rows of " + std::to_string(output_size) +
+         ", got " + shape_text(kept));
+}
+
 void CheckedLayer::check_reset() const {
-  if (place_of(*reset_) != place)
-    fail("reset must be on the same device as x (" + place_text(place) + ")");
-  if (reset_->scalar_type() != ScalarType::Bool)
-    fail("reset must be bool, got " + std::string(dtype_text(reset_->scalar_type())));
-  check_memory("reset", *reset_);
+  check_flags("reset", *reset_);
   if (packed_rows)
     check_shape("reset", *reset_, "(N,)", {rows});
   else
@@ -386,6 +424,10 @@ void CheckedLayer::fill(LayerArgs<scalar_t>& args) const {
   args.offsets = packed_rows ? offsets_.data() : nullptr;
   args.reverse = reverse_;
   args.reset = data<uint8_t>(reset_);
+  args.masks = {data<uint8_t>(masks_.zone),
+                {masks_.keep_h, masks_.keep_c},
+                data<uint8_t>(masks_.h_kept),
+                masks_.h_scale};
   args.x = rows_of<scalar_t>(x_);
   if (even_rows_) args.x.row_stride = row_distance(x_);
   args.h0 = data<scalar_t>(h0_);

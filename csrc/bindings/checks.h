@@ -30,6 +30,12 @@ struct Place {
 };
 Place place_of(const Tensor& tensor);
 
+// What core/args.h has of masks, as operators are given it.
+struct MaskTensors {
+  OptionalTensor zone, h_kept;
+  double keep_h = 0, keep_c = 0, h_scale = 1;
+};
+
 // What an operator was given, as it came.
 struct LayerTensors {
   const Tensor& x;
@@ -39,7 +45,8 @@ struct LayerTensors {
   int64_t cell;
   bool reverse;
   bool packed = false;  // the layer computes with packed weights: of these only the shapes count
-  bool checks_only = false;  // nothing is made contiguous: no fill()
+  bool checks_only = false;            // nothing is made contiguous: no fill()
+  const MaskTensors* masks = nullptr;  // null: none
 };
 
 [[noreturn]] void fail(const std::string& what);
@@ -70,7 +77,7 @@ class CheckedLayer {
   Place place;
   const CellInfo& cell;
   int64_t seq_len, batch, input_size, hidden_size, output_size, rows;
-  bool packed_rows;
+  bool packed_rows, drops_h = false;
   bool empty() const { return rows == 0; }
   int64_t planes() const { return cell.saved + cell.states - 1 + (projection ? 1 : 0); }
   bool projection;
@@ -90,9 +97,12 @@ class CheckedLayer {
   void check_weights();
   void check_batch_sizes(const OptionalTensor& batch_sizes);
   void check_reset() const;
+  void check_masks() const;
+  void check_flags(const char* name, const Tensor& flags) const;
 
   Tensor x_, w_ih_, w_hh_;
   OptionalTensor h0_, c0_, b_ih_, b_hh_, w_hr_, reset_;
+  MaskTensors masks_;
   std::vector<int64_t> batch_sizes_, offsets_;
   CellOptions options_;
   bool reverse_, even_rows_ = false;

@@ -21,6 +21,8 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CUDA, m) {
   m.impl("backward", TORCH_BOX(&rnnfast::cuda_backward_op));
   m.impl("forward_lengths", TORCH_BOX(&rnnfast::cuda_forward_lengths_op));
   m.impl("backward_lengths", TORCH_BOX(&rnnfast::cuda_backward_lengths_op));
+  m.impl("forward_masked", TORCH_BOX(&rnnfast::cuda_forward_masked_op));
+  m.impl("backward_masked", TORCH_BOX(&rnnfast::cuda_backward_masked_op));
   m.impl("gate_gradients", TORCH_BOX(&rnnfast::cuda_gate_gradients_op));
   m.impl("forward_group", TORCH_BOX(&rnnfast::cuda_forward_group_op));
   m.impl("backward_group", TORCH_BOX(&rnnfast::cuda_backward_group_op));

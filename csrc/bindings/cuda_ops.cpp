@@ -28,8 +28,10 @@ void refuse_packed(const OptionalTensor& packed) {
 }
 
 Shape shape_of(const CheckedLayer& layer, int64_t cell, size_t itemsize) {
-  return {id_of_code(cell),  layer.seq_len,     layer.batch, layer.input_size,
-          layer.hidden_size, layer.output_size, layer.rows,  static_cast<int>(itemsize)};
+  Shape shape{id_of_code(cell),  layer.seq_len,     layer.batch, layer.input_size,
+              layer.hidden_size, layer.output_size, layer.rows,  static_cast<int>(itemsize)};
+  shape.drops_h = layer.drops_h;
+  return shape;
 }
 
 // Runs passes of one dtype: the choice, the room, the streams, the engine.
@@ -198,6 +200,31 @@ BackwardResult cuda_backward_lengths_op(OptionalTensor dy, OptionalTensor dh_n, 
                                         int64_t needs) {
   return backward_with_lengths<Cuda>(x, {h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset}, lengths,
                                      {dy, dh_n, dc_n, y, saved, needs}, cell, reverse);
+}
+
+ForwardResult cuda_forward_masked_op(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
+                                     Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                     OptionalTensor w_hr, OptionalTensor batch_sizes,
+                                     OptionalTensor reset, OptionalTensor zone,
+                                     OptionalTensor h_kept, OptionalTensor packed, double keep_h,
+                                     double keep_c, double h_scale, int64_t cell, bool reverse,
+                                     bool save) {
+  const MaskTensors masks{zone, h_kept, keep_h, keep_c, h_scale};
+  return forward_pass(x, {h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset, masks}, batch_sizes, packed,
+                      cell, reverse, save, 0);
+}
+
+BackwardResult cuda_backward_masked_op(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
+                                       Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
+                                       Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                       OptionalTensor w_hr, OptionalTensor batch_sizes,
+                                       OptionalTensor reset, OptionalTensor zone,
+                                       OptionalTensor h_kept, Tensor y, Tensor saved, double keep_h,
+                                       double keep_c, double h_scale, int64_t cell, bool reverse,
+                                       int64_t needs) {
+  const MaskTensors masks{zone, h_kept, keep_h, keep_c, h_scale};
+  return backward_pass(x, {h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reset, masks}, batch_sizes,
+                       {dy, dh_n, dc_n, y, saved, needs}, cell, reverse);
 }
 
 GateGradients cuda_gate_gradients_op(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,

@@ -1,5 +1,5 @@
 // The operators on CUDA tensors: functions with the schemas of layer_ops.cpp, lengths_ops.cpp,
-// group_ops.cpp and scan_ops.cpp.
+// group_ops.cpp, masked_ops.cpp and scan_ops.cpp.
 #pragma once
 
 #include "group_calls.h"
@@ -26,6 +26,21 @@ BackwardResult cuda_backward_lengths_op(OptionalTensor dy, OptionalTensor dh_n, 
                                         OptionalTensor w_hr, Tensor lengths, OptionalTensor reset,
                                         Tensor y, Tensor saved, int64_t cell, bool reverse,
                                         int64_t needs);
+ForwardResult cuda_forward_masked_op(Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
+                                     Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                     OptionalTensor w_hr, OptionalTensor batch_sizes,
+                                     OptionalTensor reset, OptionalTensor zone,
+                                     OptionalTensor h_kept, OptionalTensor packed, double keep_h,
+                                     double keep_c, double h_scale, int64_t cell, bool reverse,
+                                     bool save);
+BackwardResult cuda_backward_masked_op(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
+                                       Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
+                                       Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                       OptionalTensor w_hr, OptionalTensor batch_sizes,
+                                       OptionalTensor reset, OptionalTensor zone,
+                                       OptionalTensor h_kept, Tensor y, Tensor saved, double keep_h,
+                                       double keep_c, double h_scale, int64_t cell, bool reverse,
+                                       int64_t needs);
 GateGradients cuda_gate_gradients_op(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
                                      Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih,
                                      Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,

@@ -18,6 +18,7 @@ struct Pass {
   OptionalTensor h0, c0;
   Tensor w_ih, w_hh;
   OptionalTensor b_ih, b_hh, w_hr, reset;
+  MaskTensors masks = {};
 };
 
 // A checked forward pass with room for its results.
@@ -33,7 +34,7 @@ struct ForwardCall {
               int64_t cell, bool reverse, bool saves, const Tensor* used = nullptr,
               int64_t saved_rows = 0, bool only_last = false)
       : layer({x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, batch_sizes, d.reset, cell,
-               reverse, packed}),
+               reverse, packed, false, &d.masks}),
         result(room(layer, saves, used, saved_rows, only_last)),
         save(saves),
         last(only_last) {}
@@ -102,7 +103,7 @@ struct BackwardCall {
   BackwardCall(const Tensor& x, const Pass& d, const OptionalTensor& batch_sizes,
                const Incoming& incoming, int64_t cell, bool reverse, const Tensor* used = nullptr)
       : layer({x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, batch_sizes, d.reset, cell,
-               reverse}),
+               reverse, false, false, &d.masks}),
         in(checked(layer, d, incoming)),
         result(room(layer, incoming.needs, used)),
         gates(incoming.gates ? std::optional(room_for_gates(layer)) : std::nullopt) {}

@@ -84,11 +84,11 @@ BackwardCall run_widened(const Tensor& x, const Pass& d, const OptionalTensor& b
                          const Incoming& in, int64_t cell, bool reverse) {
   // The checks, on the tensors as they came.
   BackwardCall::checked(CheckedLayer({x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr,
-                                      batch_sizes, d.reset, cell, reverse}),
+                                      batch_sizes, d.reset, cell, reverse, false, false, &d.masks}),
                         d, in);
   BackwardCall wide(widened(x),
                     {widened(d.h0), widened(d.c0), widened(d.w_ih), widened(d.w_hh),
-                     widened(d.b_ih), widened(d.b_hh), widened(d.w_hr), d.reset},
+                     widened(d.b_ih), widened(d.b_hh), widened(d.w_hr), d.reset, d.masks},
                     batch_sizes,
                     {widened(in.dy), widened(in.dh_n), widened(in.dc_n), widened(in.y), in.saved,
                      in.needs, in.gates},

@@ -11,6 +11,8 @@
 //                besides the way through gh
 //   kParameters  (may be left out: 0) numbers that each unit has besides its weights and biases;
 //                they stand behind the bias in b_hh, which then has (G + kParameters)*H numbers
+//   kKeeps       (may be left out: false) whether a part of each state may stay as it was; the cell
+//                is told which, and mixes it in (zoneout.h)
 //   forward(gx, gh, state, saved)
 //       gx, gh: pre-activations of the input and of the hidden side, biases included; V[kGates]
 //       state:  in h_{t-1}, c_{t-1} ..., out h_t, c_t ...
@@ -19,6 +21,7 @@
 //               which the engine adds
 //   forward(p, ...), backward(p, dp, ...)   the same of a cell with parameters
 //       p, dp:  V[kParameters]: this unit's, and dL/dp of this row, which the engine sums
+//   forward(keep, ...), backward(keep, ...)   beside them, of a cell that keeps; keep: V[kStates]
 // over a number type V (float, double or a SIMD vector of them): values in registers, no index,
 // pointer, thread or size. Members that are not static read what the cell was made with: the
 // options of the call, if it has a constructor of CellOptions (cells/activation.h has some).
@@ -84,11 +87,22 @@ RNNFAST_HD void cell_backward(const Cell& cell,
 }
 
 template <class Cell>
+constexpr bool keeps() {
+  if constexpr (requires { Cell::kKeeps; })
+    return Cell::kKeeps;
+  else
+    return false;
+}
+template <class Cell>
+constexpr bool kKeepsOf = keeps<Cell>();
+
+template <class Cell>
 constexpr bool is_cell() {
   static_assert(Cell::kGates >= 1 && Cell::kGates <= 4, "a cell has 1 to 4 gates");
   static_assert(Cell::kStates >= 1, "state 0 is h");
   static_assert(Cell::kSaved >= 0, "kSaved counts planes");
   static_assert(kParametersOf<Cell> >= 0, "kParameters counts numbers of a unit");
+  static_assert(!kKeepsOf<Cell> || Cell::kReadsH, "what stays of h is read, and has a gradient");
   static_assert(Cell::kRecurrence != Recurrence::kDiagonal || Cell::kGates == 1,
                 "a diagonal recurrence has one gate");
   return true;

@@ -20,6 +20,7 @@ constexpr CellInfo info_of(const char* name, bool dot_kernels, bool half_kernels
           Cell::kSplitGates,
           kHasOptions<Cell>,
           kHasStages<Cell>,
+          kKeepsOf<Cell>,
           dot_kernels,
           half_kernels};
 }

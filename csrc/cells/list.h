@@ -18,6 +18,7 @@
 #include "qrnn.h"
 #include "rnn.h"
 #include "sru.h"
+#include "zoneout.h"
 
 // clang-format off
 #define RNNFAST_CELLS_OF_ALL_FORMATS(use)      \
@@ -47,5 +48,8 @@
   use(17, peephole_lstm, PeepholeLstmCell)     \
   use(18, sru, SruCell)                        \
   use(19, coupled_lstm, CoupledLstmCell)       \
-  use(20, gru_before, GruBeforeCell)
+  use(20, gru_before, GruBeforeCell)           \
+  use(21, lstm_zoneout, LstmZoneoutCell)       \
+  use(22, gru_zoneout, GruZoneoutCell)         \
+  use(23, rnn_zoneout, RnnZoneoutCell)
 // clang-format on

@@ -29,6 +29,14 @@ struct Rows {
   int64_t row_stride = 0;   // between rows of a step
 };
 
+// What a call drew, or what it expects of drawing.
+struct Masks {
+  const uint8_t* zone = nullptr;    // (N, S, H) not 0: this state stays as it was; null: none
+  double keep[2] = {0, 0};          // what part of h, and of the other states, stays elsewhere
+  const uint8_t* h_kept = nullptr;  // (B, P) not 0: h enters the product with w_hh; null: all of it
+  double h_scale = 1;               // the factor of what enters, with h_kept
+};
+
 template <class scalar_t>
 struct LayerArgs {
   int64_t seq_len, batch, input_size, hidden_size, output_size;
@@ -38,6 +46,7 @@ struct LayerArgs {
   const int64_t* offsets;      // (T + 1) first row of each step; null with batch_sizes
   bool reverse;
   const uint8_t* reset;  // (N) not 0: zeros enter this row's step, not the step before; null: none
+  Masks masks;
   Rows<const scalar_t> x;
   const scalar_t *h0, *c0;  // (B, P), (S-1, B, H); null: zeros
   // PyTorch's layouts; biases and w_hr may be null.

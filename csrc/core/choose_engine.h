@@ -32,7 +32,8 @@ struct Shape {
   int64_t seq_len, batch, input_size, hidden_size, output_size;
   int64_t rows;  // valid steps of all sequences; T*B when none is shorter
   int itemsize;
-  bool packed = false;  // the weights are, before the call
+  bool packed = false;   // the weights are, before the call
+  bool drops_h = false;  // a mask drops entries of h where it enters the product
 };
 
 // The machine as the model sees it.

@@ -114,6 +114,7 @@ std::string place(const OnchipTile& tile) {
 
 // Why no tile takes the cell and the numbers, whatever the sizes.
 std::string why_not_cell(const Shape& shape, Operand operand) {
+  if (shape.drops_h) return "the on-chip engine has no dropout of h";
   const CellInfo& cell = cell_info(shape.cell);
   if (!cell.dense)
     return std::string("the on-chip engine needs a dense recurrence, got ") + cell.name +

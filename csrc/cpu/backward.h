@@ -27,6 +27,7 @@ struct BackwardScratch {
   scalar_t *dgx, *dgh;           // (chunk rows, gate_row); one buffer unless kSplitGates
   scalar_t* dp;                  // (chunk rows, parameter_row) of a cell with parameters
   scalar_t* dm;                  // (B, H) gradient of h before the projection
+  scalar_t* dh_entered;          // (B, P) gradient of h as it entered, where a mask drops it
   scalar_t* dh_steps;            // (chunk rows, P) total gradient of the projected h
   // Of a cell with stages: the packed part of w_hh that its link is multiplied with, (B, link_row)
   // of the link's gradient, and the links of the chunk, (chunk rows, link_row).
@@ -69,6 +70,7 @@ BackwardScratch<scalar_t> backward_scratch(const BackwardArgs<scalar_t>& args, c
   s.dgh = Cell::kSplitGates ? arena.take<scalar_t>(s.capacity * s.gate_row) : s.dgx;
   s.parameter_row = kParametersOf<Cell> * args.hidden_size + lanes_of<scalar_t>;
   if (kParametersOf<Cell> > 0) s.dp = arena.take<scalar_t>(s.capacity * s.parameter_row);
+  if (args.masks.h_kept) s.dh_entered = arena.take<scalar_t>(args.batch * args.output_size);
   if (args.w_hr) {
     s.dm = arena.take<scalar_t>(args.batch * units.padded());
     s.dh_steps = arena.take<scalar_t>(s.capacity * args.output_size + 2 * kLeftTiles * kMaxRows);
@@ -280,7 +282,22 @@ class BackwardPass {
       if (args_.b_hh)
         params[k] = load_units<W>(args_.b_hh + (Cell::kGates + k) * args_.hidden_size + unit, left);
 
-    cell_backward(cell_, params, dparams, kept, prev, next, dstate, dgx, dgh);
+    if constexpr (kKeepsOf<Cell>) {
+      W keep[Cell::kStates];
+      RNNFAST_UNROLL
+      for (int s = 0; s < Cell::kStates; ++s) {
+        constexpr int kSide = sizeof(W) / sizeof(V);
+        V part[kSide];
+        RNNFAST_UNROLL
+        for (int i = 0; i < kSide; ++i)
+          part[i] = kept_part<scalar_t>(args_, Cell::kStates, layer_row, s, unit + i * kLanes,
+                                        left - i * kLanes);
+        __builtin_memcpy(&keep[s], part, sizeof(part));
+      }
+      cell_.backward(keep, kept, prev, next, dstate, dgx, dgh);
+    } else {
+      cell_backward(cell_, params, dparams, kept, prev, next, dstate, dgx, dgh);
+    }
 
     RNNFAST_UNROLL
     for (int k = 0; k < kParameters; ++k)
@@ -305,11 +322,21 @@ class BackwardPass {
     return s_.dc + ((k - 1) * args_.batch + b) * args_.hidden_size;
   }
 
-  // dh += dgh . w_hh for own rows and outputs.
+  // dh += dgh . w_hh for own rows and outputs, through the mask of what entered.
   void carry_back(int64_t row, int64_t count) {
-    row_product(outputs_, mine_.output_panels, count, !args_.w_hr, s_.dgh + row * s_.gate_row,
+    const bool add = !args_.w_hr, dropped = args_.masks.h_kept != nullptr;
+    const int64_t P = args_.output_size;
+    row_product(outputs_, mine_.output_panels, count, add && !dropped, s_.dgh + row * s_.gate_row,
                 s_.gate_row, {args_.w_hh, s_.w_hh, free_rows<Cell>(args_.hidden_size)},
-                s_.dh + mine_.rows.begin * args_.output_size, args_.output_size);
+                (dropped ? s_.dh_entered : s_.dh) + mine_.rows.begin * P, P);
+    if (!dropped) return;
+    const Range outputs = columns_of(outputs_, mine_.output_panels);
+    const scalar_t scale = static_cast<scalar_t>(args_.masks.h_scale);
+    for (int64_t b = mine_.rows.begin; b < mine_.rows.begin + count; ++b)
+      for (int64_t at = b * P + outputs.begin; at < b * P + outputs.end; ++at) {
+        const scalar_t through = args_.masks.h_kept[at] ? scale * s_.dh_entered[at] : scalar_t(0);
+        s_.dh[at] = add ? s_.dh[at] + through : through;
+      }
   }
 
   // Nothing flows to the step before, or to h0, from rows that start anew at step t.

@@ -254,6 +254,17 @@ class ForwardPass {
     }
   }
 
+  // The own rows of h, of which a mask may drop entries.
+  const acc_t* entering(const acc_t* h, int64_t count) {
+    const int64_t begin = mine_.rows.begin;
+    if (!args_.masks.h_kept) return h + begin * s_.h_row;
+    acc_t* rows = s_.h_dropped + worker_.index * args_.batch * s_.h_row;
+    for (int64_t r = 0; r < count; ++r)
+      drop_h(args_, begin + r, 0, args_.output_size, h + (begin + r) * s_.h_row,
+             rows + r * s_.h_row);
+    return rows;
+  }
+
   // `count` rows of x into rows first, first + every, ... of gx.
   void input_product(int64_t p, const Operand& x, int64_t count, int64_t first, int64_t every) {
     gate_product(p, count, args_.input_size, x, s_.w_ih, args_.w_ih, args_.b_ih ? s_.b_ih : nullptr,
@@ -310,7 +321,7 @@ class ForwardPass {
     if (count <= 0) return;
     Operand a{};
     if constexpr (Cell::kRecurrence == Recurrence::kDense)
-      a = operand_of(h + mine_.rows.begin * s_.h_row, s_.h_row, count, args_.output_size);
+      a = operand_of(entering(h, count), s_.h_row, count, args_.output_size);
     alignas(64) acc_t gh[kTileRows][kMaxVectors * kLanes];
     for (int64_t i = 0; i < mine_.panels.size(); ++i) {
       // There and back: what was read last, by the last step or call, is still in the cache.
@@ -436,7 +447,21 @@ class ForwardPass {
     for (int k = 0; k < kParametersOf<Cell>; ++k)
       if (args_.b_hh) params[k] = parameter<W, kSide>(k, unit, left);
 
-    cell_forward(cell_, params, gates_x, gates_h, state, kept);
+    if constexpr (kKeepsOf<Cell>) {
+      W keep[Cell::kStates];
+      RNNFAST_UNROLL
+      for (int s = 0; s < Cell::kStates; ++s) {
+        V part[kRows * kSide];
+        RNNFAST_UNROLL
+        for (int i = 0; i < kRows * kSide; ++i)
+          part[i] = kept_part<acc_t>(args_, Cell::kStates, row + (kRows == 2 ? i : 0), s,
+                                     unit + (kRows == 2 ? 0 : i * kLanes), left);
+        __builtin_memcpy(&keep[s], part, sizeof(part));
+      }
+      cell_.forward(keep, gates_x, gates_h, state, kept);
+    } else {
+      cell_forward(cell_, params, gates_x, gates_h, state, kept);
+    }
 
     RNNFAST_UNROLL
     for (int k = 1; k < Cell::kStates; ++k)

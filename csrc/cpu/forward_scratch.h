@@ -16,10 +16,12 @@ struct ForwardScratch {
   PackedMatrix<Format> w_ih, w_hh, w_hr, w_link;  // panels null where the direct kernel runs
   weight_t *w_ih_out, *w_hh_out, *w_hr_out, *w_link_out;
   acc_t *b_ih, *b_hh;
-  acc_t* gx;         // (chunk rows, panels) in panel order
-  acc_t* h[2];       // (B, h_row)
-  acc_t* m;          // (B, m_row): h before the projection
-  acc_t* c;          // (S-1, B, H): inner states, c_n itself where that has the type
+  acc_t* gx;    // (chunk rows, panels) in panel order
+  acc_t* h[2];  // (B, h_row)
+  acc_t* m;     // (B, m_row): h before the projection
+  acc_t*
+      h_dropped;  // (B, h_row) for each worker: h as it enters the product, where a mask drops it
+  acc_t* c;       // (S-1, B, H): inner states, c_n itself where that has the type
   acc_t *gh, *link;  // of a cell with stages: (B, gh_row) and (B, h_row)
   // Rows as products want them, for each worker: of a chunk of x, of h or m.
   operand_t *x_rows, *h_rows;
@@ -70,6 +72,7 @@ ForwardScratch<Format> forward_scratch(const ForwardArgs<typename Format::tensor
     s.link = arena.take<acc_t>(args.batch * s.h_row);
   }
   if (args.w_hr) s.m = arena.take<acc_t>(args.batch * s.m_row);
+  if (args.masks.h_kept) s.h_dropped = arena.take<acc_t>(args.batch * s.h_row * choice.threads);
   if constexpr (std::is_same_v<acc_t, typename Format::tensor_t>)
     s.c = args.c_n;
   else

@@ -151,6 +151,7 @@ class GradientPass {
               return loop_.state_before(0, cursor.t, b);
             },
             s_.h_packed);
+        if (args_.masks.h_kept) drop_panel(p, {args_, chunk.begin, base}, rows);
       }
     }
     if (s_.link_packed) {
@@ -166,6 +167,14 @@ class GradientPass {
         pack_rows(
             units_, p, rows, [&](int64_t k) { return loop_.hidden_of(base + k); }, s_.m_packed);
     }
+  }
+
+  // What was dropped of h on its way into the product has no part in the gradient either.
+  void drop_panel(int64_t p, StepCursor cursor, int64_t rows) {
+    const int64_t width = outputs_.vectors(p) * kLanes;
+    scalar_t* row = s_.h_packed + outputs_.offset(p) * rows;
+    for (int64_t k = 0; k < rows; ++k, row += width)
+      drop_h(args_, cursor.step_row(k), outputs_.first(p), outputs_.valid(p), row, row);
   }
 
   // Adds the values of the chunk's rows to out (or to nothing, if first): in partial sums of 64

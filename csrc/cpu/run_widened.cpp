@@ -83,6 +83,7 @@ void copy_sizes(const LayerArgs<half_t>& args, LayerArgs<float>& wide) {
   wide.offsets = args.offsets;
   wide.reverse = args.reverse;
   wide.reset = args.reset;
+  wide.masks = args.masks;
 }
 
 }  // namespace

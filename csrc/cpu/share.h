@@ -33,6 +33,29 @@ RNNFAST_HD bool starts_anew(const LayerArgs<scalar_t>& args, int64_t t, int64_t 
   return args.reset && args.reset[first_row(args, t) + b];
 }
 
+// What part of state `s` stays as it was in the lanes from `unit` on of one of the layer's rows.
+template <class acc_t, class scalar_t>
+RNNFAST_HD vector_of<acc_t> kept_part(const LayerArgs<scalar_t>& args, int states, int64_t row,
+                                      int s, int64_t unit, int64_t count) {
+  using V = vector_of<acc_t>;
+  const V elsewhere = splat<V>(args.masks.keep[s == 0 ? 0 : 1]);
+  if (!args.masks.zone) return elsewhere;
+  const uint8_t* from = args.masks.zone + (row * states + s) * args.hidden_size + unit;
+  return where_set<acc_t>(from, count, splat<V>(1.0), elsewhere);
+}
+
+// to = from where row b's h is kept, scaled, else 0: `columns` of them, the first of which is
+// `column` of h. Whole vectors are read, of which to holds as much.
+template <class acc_t, class scalar_t>
+void drop_h(const LayerArgs<scalar_t>& args, int64_t b, int64_t column, int64_t columns,
+            const acc_t* from, acc_t* to) {
+  using V = vector_of<acc_t>;
+  const V scale = splat<V>(args.masks.h_scale);
+  const uint8_t* kept = args.masks.h_kept + b * args.output_size + column;
+  for (int64_t u = 0; u < columns; u += lanes_of<acc_t>)
+    store(to + u, where_set<acc_t>(kept + u, columns - u, load(from + u) * scale, V{}));
+}
+
 // The step whose state enters step t; its rows beyond active() enter from h0.
 template <class scalar_t>
 RNNFAST_HD int64_t previous(const LayerArgs<scalar_t>& args, int64_t t) {

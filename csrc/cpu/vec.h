@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 #include <utility>
 
 #include "../core/math.h"
@@ -160,6 +161,23 @@ RNNFAST_HD scalar_t sum_lanes(vector_of<scalar_t> v) {
   for (int64_t width = lanes_of<scalar_t> / 2; width > 0; width /= 2)
     for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
+}
+
+// Bytes as lanes: `set` where one is not 0, else `unset`. As load_part; those beyond count as 0.
+typedef uint8_t Float32Flags __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 4)));
+typedef uint8_t Float64Flags __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 8)));
+
+template <class scalar_t>
+RNNFAST_HD vector_of<scalar_t> where_set(const uint8_t* from, int64_t count,
+                                         vector_of<scalar_t> set, vector_of<scalar_t> unset) {
+  using Flags = std::conditional_t<sizeof(scalar_t) == 4, Float32Flags, Float64Flags>;
+  using Int = typename Lanes<vector_of<scalar_t>>::int_t;
+  Flags flags{};
+  if (count >= lanes_of<scalar_t>)
+    __builtin_memcpy(&flags, from, sizeof(flags));
+  else
+    for (int64_t i = 0; i < count; ++i) flags[i] = from[i];
+  return __builtin_convertvector(flags, Int) != Int{} ? set : unset;
 }
 
 // Two vectors in one: the upper half of each group of `group` lanes added to the lower half, those

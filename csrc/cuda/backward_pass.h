@@ -25,7 +25,7 @@ class BackwardPass {
         onchip_(args, choice.tile, arena),
         gate_rows_(Cell::kGates * args.hidden_size),
         planes_(Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0)),
-        plain_(!args.reset && !args.h0 && !args.batch_sizes),
+        plain_(!args.reset && !args.h0 && !args.batch_sizes && !args.masks.h_kept),
         keeps_h_(kHasHidden && args.dw_hh && !plain_) {
     const int64_t N = args.rows, H = args.hidden_size, P = args.output_size, B = args.batch;
     dgx_ = args.dgx ? args.dgx : arena.take<scalar_t>(N * gate_rows_);
@@ -36,6 +36,7 @@ class BackwardPass {
     dp_ = arena.take<scalar_t>(N * kParametersOf<Cell> * H);
     dh_ = arena.take<acc_t>(B * P);
     dc_ = arena.take<acc_t>((Cell::kStates - 1) * B * H);
+    dh_entered_ = arena.take<acc_t>(args.masks.h_kept ? B * P : 0);
     h_entered_ = keeps_h_ ? arena.take<scalar_t>(N * P) : nullptr;
     if (args.w_hr) {
       dm_ = args.dm ? args.dm : arena.take<scalar_t>(N * P);
@@ -96,6 +97,8 @@ class BackwardPass {
     p.dc_n = args_.dc_n;
     p.reset = reset;
     p.reset_after = reset_after;
+    if (args_.masks.zone) p.zone = args_.masks.zone + rows.first_row * Cell::kStates * H;
+    for (int k = 0; k < 2; ++k) p.keep[k] = static_cast<acc_t>(args_.masks.keep[k]);
     p.dh = dh_;
     p.dc = dc_;
     p.planes = planes_;
@@ -114,7 +117,9 @@ class BackwardPass {
       stage.launch("backward_steps", backward_steps<Cell, scalar_t>, p, rows.rows, H, index > 0);
 
     // The way back through w_hh, for the step before and for h0.
-    if (kDense)
+    if (kDense && args_.masks.h_kept)
+      carry_dropped(stage, rows, entry);
+    else if (kDense)
       stage.rows_by_columns(args_.dh0 ? entry.rows : entry.before, P, kFreeGatesOf<Cell> * H,
                             dgh_ + entry.first_row * gate_rows_, gate_rows_, args_.w_hh, dh_,
                             Cell::kReadsH);
@@ -260,6 +265,22 @@ class BackwardPass {
     stage.rows_by_columns(rows.rows, args_.hidden_size, P, p.dm, P, args_.w_hr, dh_whole_);
   }
 
+  // The way back through w_hh and the mask of h, and h as it entered, for the weights' gradients.
+  void carry_dropped(Stage& stage, const StepRows& rows, const StepRows& entry) {
+    const int64_t P = args_.output_size, count = args_.dh0 ? entry.rows : entry.before;
+    const uint8_t* kept = args_.masks.h_kept;
+    const auto scale = static_cast<acc_t>(args_.masks.h_scale);
+    if (keeps_h_) {
+      scalar_t* h = h_entered_ + rows.first_row * P;
+      const DropRows<scalar_t> p{rows.rows, P, rows.rows, h, nullptr, kept, scale, h};
+      stage.launch("drop_rows", drop_rows<scalar_t>, p, rows.rows, P);
+    }
+    stage.rows_by_columns(count, P, gate_rows_, dgh_ + entry.first_row * gate_rows_, gate_rows_,
+                          args_.w_hh, dh_entered_);
+    const AddDropped<acc_t> p{count, P, dh_entered_, kept, scale, Cell::kReadsH, dh_};
+    stage.launch("add_dropped", add_dropped<acc_t>, p, count, P);
+  }
+
   // Gradients of the initial states, of rows that have no step before.
   void finish(Stage& stage, const StepRows& rows) {
     const int64_t from = rows.before, count = rows.rows - rows.before;
@@ -288,7 +309,7 @@ class BackwardPass {
   int64_t gate_rows_, planes_, slice_;
   bool plain_, keeps_h_;  // whether h as it entered is y of the step before; whether it is kept
   scalar_t *dgx_, *dgh_, *dp_, *h_entered_, *dm_ = nullptr, *m_ = nullptr, *links_ = nullptr;
-  acc_t *dh_, *dc_, *dh_whole_ = nullptr, *parts_, *dlink_ = nullptr;
+  acc_t *dh_, *dc_, *dh_entered_, *dh_whole_ = nullptr, *parts_, *dlink_ = nullptr;
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "onchip_launch.h"
+#include "rows.cuh"
 #include "schedule.h"
 #include "stage.h"
 #include "staged_forward.cuh"
@@ -26,6 +27,7 @@ class ForwardPass {
     gh_ = arena.take<acc_t>(!kDense || onchip_ ? 0 : B * gate_rows_);
     if constexpr (kHasStages<Cell>) link_ = arena.take<scalar_t>(B * H);
     m_ = arena.take<scalar_t>(args.w_hr ? B * H : 0);
+    h_dropped_ = arena.take<scalar_t>(args.masks.h_kept ? B * args.output_size : 0);
     carry_ = arena.take<acc_t>((Cell::kStates - 1 + (kWideH || onchip_)) * B * H);
   }
 
@@ -67,6 +69,8 @@ class ForwardPass {
     p.c0 = args_.c0;
     p.h_before = before;
     p.reset = args_.reset ? args_.reset + rows.first_row : nullptr;
+    if (args_.masks.zone) p.zone = args_.masks.zone + rows.first_row * Cell::kStates * H;
+    for (int k = 0; k < 2; ++k) p.keep[k] = static_cast<acc_t>(args_.masks.keep[k]);
     p.carry = carry_;
     p.y = args_.w_hr ? m_ : args_.y + rows.first_row * P;
     p.h_n = args_.w_hr ? nullptr : args_.h_n;
@@ -132,6 +136,20 @@ class ForwardPass {
   // gh = h w_hh^T of the rows that have an h: from y of the step before, and from h0.
   bool multiply(Stage& stage, const StepRows& rows, const scalar_t* before) {
     const int64_t P = args_.output_size;
+    if (args_.masks.h_kept) {
+      const int64_t count = args_.h0 ? rows.rows : rows.before;
+      const DropRows<scalar_t> p{count,
+                                 P,
+                                 rows.before,
+                                 before,
+                                 args_.h0,
+                                 args_.masks.h_kept,
+                                 static_cast<acc_t>(args_.masks.h_scale),
+                                 h_dropped_};
+      stage.launch("drop_rows", drop_rows<scalar_t>, p, count, P);
+      stage.rows_by_rows(count, gate_rows_, P, h_dropped_, P, args_.w_hh, gh_);
+      return count > 0;
+    }
     const int64_t columns = kFreeGatesOf<Cell> * args_.hidden_size;
     stage.rows_by_rows(rows.before, columns, P, before, P, args_.w_hh, gh_);
     if (!args_.h0) return rows.before > 0;
@@ -153,7 +171,7 @@ class ForwardPass {
   OnchipRun onchip_;
   int64_t gate_rows_, chunk_row_ = 0;
   acc_t *gx_, *gh_, *carry_;
-  scalar_t *m_, *link_ = nullptr;
+  scalar_t *m_, *h_dropped_, *link_ = nullptr;
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Small kernels over rows that are no step: gradients of the initial states, planes taken out of
-// what forward saved, and sums of columns.
+// what forward saved, masks of h, and sums of columns.
 #pragma once
 
 #include "threads.cuh"
@@ -28,6 +28,54 @@ __global__ void __launch_bounds__(kThreads, kBlocks<to_t>)
     const bool zero = p.reset && p.reset[row];
     narrow(zero ? widen(from_t{}) : widen(p.from[row * p.from_row + column]),
            p.to[row * p.to_row + column]);
+  }
+}
+
+// to = where a row's h is kept, scaled, else 0; of rows [0, carried) from `before`, of the others
+// from h0. `to` may be `before`.
+template <class scalar_t>
+struct DropRows {
+  int64_t rows, columns, carried;
+  const scalar_t *before, *h0;
+  const uint8_t* kept;  // (rows, columns)
+  accumulator_of<scalar_t> scale;
+  scalar_t* to;
+};
+
+template <class scalar_t>
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
+    drop_rows(const DropRows<scalar_t> p) {
+  using acc_t = accumulator_of<scalar_t>;
+  const int64_t column = first_column();
+  wait_for_launch_before();
+  if (column >= p.columns) return;
+  for (int64_t row = first_row(); row < p.rows; row += row_stride()) {
+    const int64_t at = row * p.columns + column;
+    const scalar_t* from = row < p.carried ? p.before : p.h0;
+    narrow(p.kept[at] ? widen(from[at]) * p.scale : acc_t{}, p.to[at]);
+  }
+}
+
+// Its gradient: to (+)= where h is kept, scaled, else 0.
+template <class acc_t>
+struct AddDropped {
+  int64_t rows, columns;
+  const acc_t* from;
+  const uint8_t* kept;
+  acc_t scale;
+  bool add;
+  acc_t* to;
+};
+
+template <class acc_t>
+__global__ void __launch_bounds__(kThreads, kBlocks<acc_t>) add_dropped(const AddDropped<acc_t> p) {
+  const int64_t column = first_column();
+  wait_for_launch_before();
+  if (column >= p.columns) return;
+  for (int64_t row = first_row(); row < p.rows; row += row_stride()) {
+    const int64_t at = row * p.columns + column;
+    const acc_t through = p.kept[at] ? p.from[at] * p.scale : acc_t{};
+    p.to[at] = p.add ? p.to[at] + through : through;
   }
 }
 

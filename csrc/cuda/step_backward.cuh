@@ -25,10 +25,12 @@ struct BackwardSteps {
   const acc_t* dh_whole;    // (rows, H): all of dL/dh, with a projection; null: dy and the carry
   const scalar_t *dh_n, *dc_n;
   const uint8_t *reset, *reset_after;  // of these rows, and of the step after; null: none
-  acc_t *dh, *dc;                      // the carry: (B, H), (S-1, B, H)
-  const scalar_t* y;                   // (rows, H), null with a projection
-  const acc_t* saved;                  // (rows, planes, H)
-  const scalar_t* y_before;            // the same of the step before the last one taken
+  const uint8_t* zone;                 // (rows, S, H) and what stays elsewhere, as in core/args.h
+  acc_t keep[2];
+  acc_t *dh, *dc;            // the carry: (B, H), (S-1, B, H)
+  const scalar_t* y;         // (rows, H), null with a projection
+  const acc_t* saved;        // (rows, planes, H)
+  const scalar_t* y_before;  // the same of the step before the last one taken
   const acc_t* saved_before;
   int64_t planes;
   const scalar_t *h0, *c0;
@@ -148,8 +150,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
       unit.add_dy(step);
       const bool anew = unit.load_states(step);
       acc_t dgx[G], dgh[G], dparams[at_least_one<kParameters>] = {};
-      cell_backward(make_cell<Cell>(p.options), params, dparams, unit.saved, unit.prev, unit.next,
-                    unit.dstate, dgx, dgh);
+      if constexpr (kKeepsOf<Cell>) {
+        acc_t keep[S];
+        RNNFAST_UNROLL
+        for (int s = 0; s < S; ++s)
+          keep[s] =
+              p.zone && p.zone[(at * S + s) * H + unit.unit] ? acc_t(1) : p.keep[s == 0 ? 0 : 1];
+        make_cell<Cell>(p.options).backward(keep, unit.saved, unit.prev, unit.next, unit.dstate,
+                                            dgx, dgh);
+      } else {
+        cell_backward(make_cell<Cell>(p.options), params, dparams, unit.saved, unit.prev, unit.next,
+                      unit.dstate, dgx, dgh);
+      }
       RNNFAST_UNROLL
       for (int k = 0; k < kParameters; ++k)
         narrow(dparams[k], p.dp[(at * kParameters + k) * H + unit.unit]);

@@ -31,9 +31,11 @@ struct ForwardSteps {
   const scalar_t *h0, *c0;      // (B, H), (S-1, B, H); null: zeros
   const scalar_t* h_before;     // (carried, H) of the step before
   const uint8_t* reset;         // (rows)
-  acc_t* carry;                 // (S-1, B, H), then h in full precision where it is kept
-  scalar_t *y, *h_n, *c_n;      // y: (rows, H), or (rows, H) of h before the projection
-  acc_t* saved;                 // (rows, planes, H), or null
+  const uint8_t* zone;          // (rows, S, H) and what stays elsewhere, as core/args.h has them
+  acc_t keep[2];
+  acc_t* carry;             // (S-1, B, H), then h in full precision where it is kept
+  scalar_t *y, *h_n, *c_n;  // y: (rows, H), or (rows, H) of h before the projection
+  acc_t* saved;             // (rows, planes, H), or null
   int64_t planes;
   bool projected;  // y holds h before the projection, and saved has it, too
 };
@@ -132,7 +134,17 @@ struct ForwardUnit {
     const int64_t at = step * p.row_step + row;
     acc_t gh[G], saved[at_least_one<K>] = {};
     load_gh(enter(at), gh);
-    cell_forward(make_cell<Cell>(p.options), p_hh, gx, gh, state, saved);
+    if constexpr (kKeepsOf<Cell>) {
+      acc_t stays[S];
+      RNNFAST_UNROLL
+      for (int s = 0; s < S; ++s) {
+        const bool all = p.zone && p.zone[(at * S + s) * p.hidden + unit];
+        stays[s] = all ? acc_t(1) : p.keep[s == 0 ? 0 : 1];
+      }
+      make_cell<Cell>(p.options).forward(stays, gx, gh, state, saved);
+    } else {
+      cell_forward(make_cell<Cell>(p.options), p_hh, gx, gh, state, saved);
+    }
     keep(at, saved);
   }
 

@@ -229,6 +229,11 @@ void check_samples(int64_t steps, int64_t samples, int64_t batch, int64_t rows, 
   force_isa(-1);
 }
 
+bool may_project(int cell) {
+  const rnnfast::CellInfo& info = rnnfast::cell_info(cell);
+  return info.states == 2 && info.dense && !info.keeps;
+}
+
 }  // namespace
 
 int main() {
@@ -246,7 +251,8 @@ int main() {
         const Layer small(cell, 3, 5, 3, 5, 0, uneven, reverse);
         check_layer(small, what + " small");
         check_layer(small.with_resets(), what + " small, resets");
-        if (cell_info(cell).states == 2 && cell_info(cell).dense)
+        if (cell_info(cell).dense) check_layer(small.with_masks(), what + " small, masks");
+        if (may_project(cell))
           check_layer(Layer(cell, 3, 4, 3, 7, 3, uneven, reverse), what + " projected");
       }
   // Large enough for two threads: by rows of the batch, and by units.
@@ -257,6 +263,8 @@ int main() {
   check_layer(Layer(1, 6, 26, 40, 50, 0, true, true).with_resets(), "gru by rows, resets");
   check_layer(Layer(0, 16, 3, 33, 90, 0, false, false).with_resets(), "lstm by units, resets");
   check_layer(Layer(0, 16, 3, 33, 90, 40, false, true).with_resets(), "lstm projected, resets");
+  check_layer(Layer(0, 16, 3, 33, 90, 40, false, true).with_masks(), "lstm projected, masks");
+  check_layer(Layer(1, 6, 26, 40, 50, 0, true, true).with_masks(), "gru by rows, masks");
   for (int cell = 0; cell < kNumCells; ++cell)
     for (const bool uneven : {false, true}) {
       const Layer first(cell, 70, 9, 6, 20, 0, uneven, false),
@@ -264,7 +272,7 @@ int main() {
       check_stack({first, above, above}, std::string(cell_info(cell).name) + " stack");
       check_stack({first.with_resets(), above.with_resets()},
                   std::string(cell_info(cell).name) + " stack, resets");
-      if (cell_info(cell).states == 2 && cell_info(cell).dense) {
+      if (may_project(cell)) {
         const Layer narrow(cell, 70, 9, 6, 20, 7, uneven, false),
             next(cell, 70, 9, 7, 20, 7, uneven, false);
         check_stack({narrow, next}, std::string(cell_info(cell).name) + " stack, projected");

@@ -32,7 +32,7 @@ struct Layer {
   int64_t T, B, I, H, P;
   bool reverse;
   std::vector<int64_t> batch_sizes, offsets;
-  std::vector<uint8_t> reset;
+  std::vector<uint8_t> reset, zone, h_kept;
   Values x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr;
 
   Layer(int cell_id, int64_t t, int64_t b, int64_t i, int64_t h, int64_t p, bool uneven,
@@ -71,6 +71,17 @@ struct Layer {
     for (int64_t row = 0; row < rows(); ++row) layer.reset[row] = row % 3 == 1;
     return layer;
   }
+  // Of h as it enters a matrix, and of the states where the cell keeps them.
+  Layer with_masks() const {
+    Layer layer = *this;
+    const CellInfo& info = cell_info(cell);
+    if (info.dense) layer.h_kept.resize(B * P);
+    if (info.keeps) layer.zone.resize(rows() * info.states * H);
+    std::mt19937 random(2);
+    for (std::vector<uint8_t>* flags : {&layer.h_kept, &layer.zone})
+      for (uint8_t& flag : *flags) flag = random() % 3 == 0;
+    return layer;
+  }
   int64_t rows() const { return static_cast<int64_t>(x.size()) / I; }
   int64_t planes() const {
     const CellInfo& info = cell_info(cell);
@@ -83,6 +94,9 @@ struct Layer {
     args.offsets = batch_sizes.empty() ? nullptr : offsets.data();
     args.reverse = reverse;
     args.reset = reset.empty() ? nullptr : reset.data();
+    if (!zone.empty()) args.masks.zone = zone.data();
+    if (!zone.empty()) args.masks.keep[0] = 0.25, args.masks.keep[1] = 0.5;
+    if (!h_kept.empty()) args.masks.h_kept = h_kept.data(), args.masks.h_scale = 1.5;
     args.x = {x.data(), B * I, I};
     args.h0 = h0.data(), args.c0 = c0.data(), args.w_ih = w_ih.data(), args.w_hh = w_hh.data();
     args.b_ih = b_ih.data(), args.b_hh = b_hh.data(),

@@ -207,6 +207,7 @@ int main() {
           above(cell, 7, 5, 6, 6, 0, uneven, false);
       check_passes({down}, false, name);
       check_passes({up.with_resets()}, false, name + " reverse, resets");
+      check_passes({down.with_masks(), up.with_resets().with_masks()}, false, name + " masks");
       check_passes({down, up}, false, name + " directions");
       check_passes({down.with_resets(), up.with_resets()}, false, name + " directions, resets");
       check_passes({down, above, above.with_resets()}, true, name + " layers");
@@ -215,11 +216,12 @@ int main() {
         check_type<Float16>(layer, name);
         check_type<BFloat16>(layer, name);
       }
-      if (cell_info(cell).states == 1 || !cell_info(cell).dense) continue;
+      if (cell_info(cell).states == 1 || !cell_info(cell).dense || cell_info(cell).keeps) continue;
       const Layer narrow(cell, 7, 5, 3, 6, 2, uneven, false),
           back(cell, 7, 5, 3, 6, 2, uneven, true), next(cell, 7, 5, 2, 6, 2, uneven, false);
       check_passes({narrow.with_resets(), back}, false, name + " projected directions");
       check_passes({narrow, next.with_resets()}, true, name + " projected layers");
+      check_passes({narrow.with_masks(), back.with_masks()}, false, name + " projected, masks");
       check_type<BFloat16>(back, name);
     }
   std::printf("%d passed, %d failed\n", checks - failures, failures);

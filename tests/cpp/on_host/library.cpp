@@ -85,6 +85,17 @@ STABLE_TORCH_LIBRARY(rnnfast_on_host, m) {
       "reset, Tensor y, Tensor saved, int cell, bool reverse, int needs) -> (Tensor, Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "forward_masked(Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
+      "Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, Tensor? reset, Tensor? zone, Tensor? "
+      "h_kept, Tensor? packed, float keep_h, float keep_c, float h_scale, int cell, bool reverse, "
+      "bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "backward_masked(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
+      "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, "
+      "Tensor? reset, Tensor? zone, Tensor? h_kept, Tensor y, Tensor saved, float keep_h, float "
+      "keep_c, float h_scale, int cell, bool reverse, int needs) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "gate_gradients(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
       "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, "
       "Tensor? reset, Tensor y, Tensor saved, int cell, bool reverse) -> (Tensor, Tensor, Tensor, "
@@ -119,6 +130,8 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast_on_host, CPU, m) {
   m.impl("backward", TORCH_BOX(&rnnfast::cuda_backward_op));
   m.impl("forward_lengths", TORCH_BOX(&rnnfast::cuda_forward_lengths_op));
   m.impl("backward_lengths", TORCH_BOX(&rnnfast::cuda_backward_lengths_op));
+  m.impl("forward_masked", TORCH_BOX(&rnnfast::cuda_forward_masked_op));
+  m.impl("backward_masked", TORCH_BOX(&rnnfast::cuda_backward_masked_op));
   m.impl("gate_gradients", TORCH_BOX(&rnnfast::cuda_gate_gradients_op));
   m.impl("forward_group", TORCH_BOX(&rnnfast::cuda_forward_group_op));
   m.impl("backward_group", TORCH_BOX(&rnnfast::cuda_backward_group_op));
