@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import Parameter
 
-from . import _regularize, _run, _step
+from . import _heads, _regularize, _run, _step
 from ._checks import check_recompute
 from ._freeze import Frozen, why_not
 from ._step_plan import StepPlan
@@ -57,7 +59,8 @@ def text_of_cell(layer: nn.Module) -> str:
         text += f", activation={spec.activation}"
     if spec.gate_activation != plain.gate_activation and spec.gates > 1:
         text += f", gate_activation={spec.gate_activation}"
-    return text + (f", cell_clip={spec.clip:g}" if spec.clip else "")
+    text += f", cell_clip={spec.clip:g}" if spec.clip else ""
+    return text + (f", num_heads={spec.heads}" if spec.heads > 1 else "")
 
 
 def no_proj_size(kwargs: dict[str, Any], name: str) -> None:
@@ -72,7 +75,7 @@ class Layer(nn.RNNBase):
     """What the layers share."""
 
     _frozen: Frozen | None = None
-    _chosen_cell: CellSpec | None = None  # where activations or a bound were chosen
+    _chosen_cell: CellSpec | None = None  # where activations, a bound or heads were chosen
     #: Whether forward keeps only the states every 64 steps for backward, which computes the gates
     #: between them anew. May be set at any time, and holds from the next call on.
     recompute: bool = False
@@ -89,6 +92,20 @@ class Layer(nn.RNNBase):
         spec = chosen_cell(type(self).__name__.removeprefix("Lazy"), kind, *options)
         if spec.options:
             self._chosen_cell = spec
+
+    def _set_heads(self, num_heads: int, device: Any) -> None:
+        """Of a layer that torch.nn has made on the meta device: the real weights."""
+        self._chosen_cell = replace(spec_of(self), heads=num_heads)
+        for name in self._flat_weights_names:
+            w = getattr(self, name)
+            rows, *columns = w.shape
+            if name.startswith("weight_hh"):
+                columns = [self.hidden_size // num_heads]
+            setattr(
+                self, name, Parameter(torch.empty(rows, *columns, device=device, dtype=w.dtype))
+            )
+        self._init_flat_weights()
+        self.reset_parameters()
 
     def _nonlinearity(self, kind: str, nonlinearity: str, activation: str | None) -> str:
         """torch.nn's argument; an activation that torch.nn has not is chosen."""
@@ -139,7 +156,11 @@ class Layer(nn.RNNBase):
 
     def _complete(self, weights: Sequence[Any]) -> Sequence[Any]:
         """The weights as a call takes them, w_ih, w_hh, b_ih, b_hh, of those that there are."""
-        return weights
+        spec = self._chosen_cell
+        if spec is None or spec.heads == 1:
+            return weights
+        bias = self.bias or spec.parameters > 0
+        return _heads.split(type(self).__name__, spec, weights, bias)
 
     def _current(self) -> tuple[Sequence[Any], Sequence[Tensor] | None]:
         """The weights of this call, and their packed form if the layer is frozen."""
@@ -151,7 +172,7 @@ class Layer(nn.RNNBase):
 
     def _step_plan(self) -> StepPlan | None:
         frozen = self._frozen
-        if frozen is None:
+        if frozen is None or spec_of(self).heads > 1:
             return None
         frozen.packed(self._parameters)  # or an error: other weights
         return frozen.step_plan()
@@ -282,9 +303,10 @@ class Layer(nn.RNNBase):
             >>> with torch.inference_mode():
             ...     y, state = layer(x)
         """
-        count = self.num_layers * (2 if self.bidirectional else 1)
+        spec = spec_of(self)
+        count = self.num_layers * (2 if self.bidirectional else 1) * spec.heads
         self._frozen = Frozen(
-            spec_of(self), self._parameters, self._flat_weights_names, count, self._complete
+            spec, self._parameters, self._flat_weights_names, count, self._complete
         )
         return self
 

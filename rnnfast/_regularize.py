@@ -191,19 +191,25 @@ def _layer_by_layer(
     if h0 is None and order is not None and torch.compiler.is_compiling():
         # one batch for all layers: of packed rows alone, each would have one of unknown size
         out = weights[1].size(-1) if spec.has_hidden_side else weights[0].size(0) // spec.gates
+        out *= spec.heads
         h0 = x.new_zeros(num_layers * directions, order.size(0), out)
     y = sequences.without_padding(x) if options.residual else x
     added: Tensor | None = None
     states: list[tuple[Tensor, Tensor]] = []
+
+    def of(k: int, part: Sequence[Any] | Tensor | None, each: int = 1) -> Any:
+        """Those of layer k, of which each direction has so many."""
+        each *= directions
+        return None if part is None else part[k * each : (k + 1) * each]
+
     for k in range(num_layers):
-        entered, here, last = y, slice(k * directions, (k + 1) * directions), k == num_layers - 1
+        entered, last = y, k == num_layers - 1
         if options.input_dropout:
             y = sequences.drop(y, options.input_dropout)
         y, h_n, c_n = stack(
-            spec, y, None if h0 is None else h0[here], None if c0 is None else c0[here],
-            weights[k * each : (k + 1) * each], bias, 1, directions, 0.0, batch_sizes, reset,
-            None if packed is None else packed[here], lengths, recompute,
-            last and options.return_last,
+            spec, y, of(k, h0), of(k, c0, spec.states - 1), weights[k * each : (k + 1) * each],
+            bias, 1, directions, 0.0, batch_sizes, reset, of(k, packed, spec.heads), lengths,
+            recompute, last and options.return_last,
         )  # fmt: skip
         states.append((h_n, c_n))
         if options.residual and entered.size(-1) == directions * h_n.size(-1):
@@ -240,7 +246,7 @@ def run(
     empty: which sequences have no step, only one of zeros; order: that of packed rows."""
     options = options or PLAIN
     if options.weight_dropout:
-        each = len(weights) // (num_layers * directions)
+        each = len(weights) // (num_layers * directions * spec.heads)
         weights = _drop_weights(weights, each, options.weight_dropout, packed)
     given = h0, c0
     if empty is not None:  # a state that nothing is computed from reaches no gradient

@@ -150,10 +150,11 @@ def stack(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions.
 
-    x (T, B, I) or packed (N, I), h0 (L*D, B, P), c0 (L*D, B, H) or None, reset (T, B) or (N,) as
-    the forward direction has it; packed_weights: those of a frozen layer; lengths: of padded x,
-    where a graph keeps them; last: nobody reads y, which may then be empty. Gives y, h_n
-    (L*D, B, P) and c_n (L*D, B, H), which is empty for cells of one state.
+    x (T, B, I) or packed (N, I), h0 (L*D, B, P), c0 (L*D*(S-1), B, H) or None, reset (T, B) or (N,)
+    as the forward direction has it; weights: of each head in turn; packed_weights: those of a
+    frozen layer; lengths: of padded x, where a graph keeps them; last: nobody reads y, which may
+    then be empty. Gives y, h_n (L*D, B, P) and c_n (L*D*(S-1), B, H), which is empty for cells of
+    one state.
     """
     without_rules = batch_sizes is not None or spec.parameters > 0
     use_ref = use_reference(x, h0, c0, weights, without_rules)
@@ -161,7 +162,8 @@ def stack(
     recompute = recompute and spec.saved > 0 and _is_grad_enabled()
     if use_ref and batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.size(0))
-    if num_layers == 1 and directions == 1:
+    of_layer = directions * spec.heads  # passes side by side
+    if num_layers == 1 and of_layer == 1:
         b_ih, b_hh = weights[2:4] if bias else (None, None)
         w_hr = weights[-1] if len(weights) % 2 else None
         y, h_n, c_n = direction(
@@ -192,6 +194,7 @@ def stack(
         use_ref
         or recompute
         or packed_weights is not None
+        or spec.heads > 1
         or is_exporting()
         or (last and x.is_cpu and lengths is None and not _stack.saves(x, h0, c0, weights))
     ):
@@ -199,19 +202,20 @@ def stack(
             spec, x, h0, c0, weights, num_layers, directions, dropout, batch_sizes, reset, lengths
         )
     passes = _passes.split(
-        weights, num_layers, directions, h0, c0, batch_sizes, reset, packed_weights
+        spec, weights, num_layers, directions, h0, c0, batch_sizes, reset, packed_weights
     )
     one_by_one = use_ref or recompute or lengths is not None
     grouped = not one_by_one and _group.applies(x, passes)
-    all_at_once = grouped and directions == 1 and dropout == 0
+    all_at_once = grouped and of_layer == 1 and dropout == 0
 
     def run(y: Tensor, first: int, some: Sequence[_passes.Pass]) -> Sequence[Any]:
         ends = last and first + len(some) == len(passes)
         if grouped and len(some) > 1:
-            return _group.run(spec, y, some, batch_sizes, directions == 1, ends)
+            return _group.run(spec, y, some, batch_sizes, of_layer == 1, ends)
         outs: list[Any] = []
         for k, (*tensors, mask, packed) in enumerate(some):
-            args: Any = (*tensors, batch_sizes, mask, packed, k == 1, lengths, recompute, ends)
+            reverse = k >= spec.heads
+            args: Any = (*tensors, batch_sizes, mask, packed, reverse, lengths, recompute, ends)
             outs.append(direction(use_ref, spec, y, *args))
         return outs
 
@@ -219,8 +223,8 @@ def stack(
         # torch.nn's draw, so that seeds give its masks
         return y if dropout == 0 else torch.dropout(y, dropout, True)
 
-    at_once = len(passes) if all_at_once else directions
-    return _passes.walk(x, passes, directions, at_once, run, between)
+    at_once = len(passes) if all_at_once else of_layer
+    return _passes.walk(spec, x, passes, of_layer, at_once, run, between)
 
 
 def layer(

@@ -44,6 +44,7 @@ def _short_way(
         or not input.is_cpu
         or layer.num_layers != 1
         or layer.bidirectional
+        or spec.heads != 1
         or engine.forced != "auto"
         or _is_any_autocast_enabled()
         or is_transformed()

@@ -39,6 +39,7 @@ class CellSpec:
         stages: whether a step is more than a product and a pointwise function
         activation, gate_activation: those of the state and of the gates
         clip: bound of the LSTM's ``c``, 0 for none
+        heads: number of blocks on the diagonal of W_hh, each a call of its own for the operators
     """
 
     name: str
@@ -55,6 +56,7 @@ class CellSpec:
     activation: str = "tanh"
     gate_activation: str = "sigmoid"
     clip: float = 0.0
+    heads: int = 1
 
     @property
     def has_hidden_side(self) -> bool:

@@ -43,6 +43,7 @@ assert_type((peepholes.peephole, rnnfast.LSTM(10, 20, coupled=True).coupled), tu
 before = rnnfast.GRU(10, 20, reset_after=False)
 assert_type(before.reset_after, bool)
 assert_type((chosen.activation, chosen.cell_clip), tuple[str, float | None])
+heads = rnnfast.GRU(10, 20, num_heads=4).num_heads + rnnfast.LSTM(10, 20, num_heads=4).num_heads
 names: tuple[str, ...] = rnnfast.ACTIVATIONS
 assert_type(rnnfast.RNN(10, 20, activation=names[3])(x), tuple[Tensor, Tensor])
 assert_type(rnnfast.MinGRU(10, 20, nonlinearity="identity")(packed), tuple[PackedSequence, Tensor])
@@ -82,6 +83,7 @@ assert_type(
     rnnfast.functional.gru(x, None, weights, mask=x[..., 0] > 0, training=True, weight_dropout=0.5),
     tuple[Tensor, Tensor],
 )
+assert_type(rnnfast.functional.gru(x, None, weights, num_heads=4), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.rnn_relu(x, None, weights), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.indrnn_tanh(x, None, weights), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.indrnn_relu(x, None, weights), tuple[Tensor, Tensor])
