@@ -16,7 +16,7 @@ from .cells import ACTIVATIONS
 from .engine import engines, last_run, use_engine
 from .explain import Explanation, explain
 from .lazy import LazyGRU, LazyIndRNN, LazyLSTM, LazyRNN
-from .modules import GRU, LSTM, QRNN, RNN, SRU, IndRNN, MinGRU, MinLSTM
+from .modules import GRU, LSTM, QRNN, RNN, SLSTM, SRU, IndRNN, MinGRU, MinLSTM
 from .quantize import QuantizedGRU, QuantizedIndRNN, QuantizedLSTM, QuantizedRNN, quantize
 from .recurrent import Recurrent
 
@@ -28,6 +28,7 @@ __all__ = [
     "LSTM",
     "QRNN",
     "RNN",
+    "SLSTM",
     "SRU",
     "Explanation",
     "GRUCell",

@@ -30,6 +30,8 @@ SPECS: dict[str, CellSpec] = {
     "MIN_GRU_LINEAR": cell_spec("min_gru_linear"),
     "MIN_LSTM": cell_spec("min_lstm"),
     "MIN_LSTM_LINEAR": cell_spec("min_lstm_linear"),
+    "SLSTM": cell_spec("slstm"),
+    "SLSTM_EXP": cell_spec("slstm_exp"),
     "QRNN_F": cell_spec("qrnn_f"),
     "QRNN_FO": cell_spec("qrnn_fo"),
     "QRNN_IFO": cell_spec("qrnn_ifo"),
@@ -172,7 +174,10 @@ class Layer(nn.RNNBase):
 
     def _step_plan(self) -> StepPlan | None:
         frozen = self._frozen
-        if frozen is None or spec_of(self).heads > 1:
+        if frozen is None:
+            return None
+        spec = spec_of(self)
+        if spec.heads > 1 or spec.states > 2:
             return None
         frozen.packed(self._parameters)  # or an error: other weights
         return frozen.step_plan()

@@ -164,7 +164,8 @@ def stack(
         check_batch_sizes(batch_sizes, x.size(0))
     of_layer = directions * spec.heads  # passes side by side
     if num_layers == 1 and of_layer == 1:
-        b_ih, b_hh = weights[2:4] if bias else (None, None)
+        # bias says what the layer has: parameters stand behind a bias that it may not have
+        b_ih, b_hh = weights[2:4] if len(weights) >= 4 else (None, None)
         w_hr = weights[-1] if len(weights) % 2 else None
         y, h_n, c_n = direction(
             use_ref,
@@ -249,7 +250,6 @@ def layer(
     options: Options | None = None,
 ) -> tuple[Any, Any]:
     """A whole layer as torch.nn has it: input and hx in any of their forms, its errors."""
-    two_states = spec.states == 2
     directions = 2 if bidirectional else 1
     weight = weights[0]
     dtype = weight.dtype
@@ -285,7 +285,7 @@ def layer(
         dims = 2
         batched = not single
         if x.dtype != dtype:
-            x = match_input(x, weight, not two_states)
+            x = match_input(x, weight, spec.states == 1)
     else:
         x = input
         if x.layout is not _strided:
@@ -307,7 +307,8 @@ def layer(
     h0: Tensor | None = None
     c0: Tensor | None = None
     if hx is not None:
-        h0, c0 = _hx.take(hx, two_states, batched, batch_sizes is not None and not single)
+        states = _hx.take(hx, spec.states, batched, batch_sizes is not None and not single)
+        h0 = states[0]
         if batch_sizes is not None and torch.compiler.is_compiling() and h0.dim() == 3:
             # a graph has no batch_sizes yet: its operator compares them with what it gets
             batch = h0.size(1) if sorted_indices is None else sorted_indices.size(0)
@@ -322,10 +323,10 @@ def layer(
     on_cpu = x.is_cpu
     if weight.is_cpu is not on_cpu or not on_cpu:
         check_device(x, weight)
-    if h0 is not None:
+    if hx is not None:
         count = num_layers * directions
         sizes = (count, batch, proj_size or hidden_size), (count, batch, hidden_size)
-        h0, c0 = _hx.fit(h0, c0, batched, sizes, weight, sorted_indices)
+        h0, c0 = _hx.fit(states, batched, sizes, weight, sorted_indices)
     if x.size(0) == 0 and batch_sizes is None:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
@@ -346,10 +347,10 @@ def layer(
 
     if unsorted_indices is not None:
         h_n = h_n.index_select(1, unsorted_indices)
-        c_n = c_n.index_select(1, unsorted_indices) if two_states else c_n
+        c_n = c_n.index_select(1, unsorted_indices) if spec.states > 1 else c_n
     if not batched:
         h_n = h_n.squeeze(1)
-        c_n = c_n.squeeze(1) if two_states else c_n
+        c_n = c_n.squeeze(1) if spec.states > 1 else c_n
     output: Any = y
     if last is not None:
         output = last if unsorted_indices is None else last.index_select(0, unsorted_indices)
@@ -365,7 +366,7 @@ def layer(
             output = output.squeeze(1)
         elif batch_first:
             output = output.transpose(0, 1)
-    return output, ((h_n, c_n) if two_states else h_n)
+    return output, _hx.leave(h_n, c_n, spec.states)
 
 
 def of_module(

@@ -88,6 +88,8 @@ CELLS: tuple[CellSpec, ...] = (
     CellSpec("sru", 18, gates=4, states=2, saved=4, parameters=2, dense=False),
     CellSpec("coupled_lstm", 19, gates=3, states=2, saved=3, options=True),
     CellSpec("gru_before", 20, gates=3, states=1, saved=3, options=True, stages=True),
+    CellSpec("slstm", 21, gates=4, states=4, saved=5),
+    CellSpec("slstm_exp", 22, gates=4, states=4, saved=4),
 )
 
 _BY_NAME = {spec.name: spec for spec in CELLS}

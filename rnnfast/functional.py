@@ -26,6 +26,7 @@ from .gru import kind_of as gru_kind_of
 from .lstm import kind_of
 from .scan import linear_scan
 from .scan_functional import min_gru, min_lstm, qrnn
+from .slstm_functional import slstm
 from .sru import sru
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "rnn_relu_cell",
     "rnn_tanh",
     "rnn_tanh_cell",
+    "slstm",
     "sru",
 ]
 
@@ -164,26 +166,10 @@ def _layer(
         spec = replace(spec, heads=num_heads)
         weights = _heads.split(name, spec, weights, bias)
     return _run.layer(
-        name,
-        spec,
-        input,
-        hx,
-        reset,
-        weights,
-        w_ih.size(1),
-        hidden_size,
-        proj_size,
-        num_layers,
-        bias,
-        batch_first,
-        dropout if training else 0.0,
-        bidirectional,
-        None,
-        lengths,
-        recompute,
-        mask,
-        options,
-    )
+        name, spec, input, hx, reset, weights, w_ih.size(1), hidden_size, proj_size, num_layers,
+        bias, batch_first, dropout if training else 0.0, bidirectional, None, lengths, recompute,
+        mask, options,
+    )  # fmt: skip
 
 
 def lstm(

@@ -35,6 +35,8 @@ CELLS = {
     "sru": "SruCell",
     "coupled_lstm": "CoupledLstmCell",
     "gru_before": "GruBeforeCell",
+    "slstm": "SlstmCellOf<SigmoidForget>",
+    "slstm_exp": "SlstmCellOf<ExponentialForget>",
 }
 # Cells of two halves, and their kernels.
 STAGED = ("gru_before",)

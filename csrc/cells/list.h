@@ -17,6 +17,7 @@
 #include "peephole_lstm.h"
 #include "qrnn.h"
 #include "rnn.h"
+#include "slstm.h"
 #include "sru.h"
 
 // clang-format off
@@ -47,5 +48,7 @@
   use(17, peephole_lstm, PeepholeLstmCell)     \
   use(18, sru, SruCell)                        \
   use(19, coupled_lstm, CoupledLstmCell)       \
-  use(20, gru_before, GruBeforeCell)
+  use(20, gru_before, GruBeforeCell)        \
+  use(21, slstm, SlstmCell)                    \
+  use(22, slstm_exp, SlstmExpCell)
 // clang-format on
