@@ -213,6 +213,7 @@ def test_compiled_stacks() -> None:
     """The one operator of a stack carries all states."""
     torch.manual_seed(0)
     for options in ({"bidirectional": True}, {"num_layers": 3}):
+        torch._dynamo.reset()
         layer = rnnfast.SLSTM(5, 6, **options, dtype=f64)
         x = torch.randn(6, 7, 5, dtype=f64, requires_grad=True)
         variants.check_compiled(layer, x)
