@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import rnnfast
 
 P = 0.5
+HEADS = 4
 
 
 def _step(call: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -116,17 +117,20 @@ def calls_of_options(cell: str, T: int, B: int, H: int) -> dict[str, dict[str, C
             ("activation", {"activation": "relu"}),
             ("recurrent_dropout", {"recurrent_dropout": P}),
             ("zoneout", {"zoneout": P}),
+            ("num_heads", {"num_heads": HEADS}),
         )
     }
+    heads = nn.ModuleList(getattr(nn, cell)(H, H // HEADS) for _ in range(HEADS))
     theirs, bare = getattr(nn, cell)(H, H), layers["mask"]
     plain = plain_ways(theirs, x, mask)
+    plain["num_heads"] = lambda: torch.cat([head(x)[0] for head in heads], -1)
     return {
         option: {
             "ours": partial(
                 _step, lambda x, layer=layer, **k: layer(x, **k)[0], layer, x,
                 **({"mask": mask} if option == "mask" else {}),
             ),
-            "theirs": partial(_step, plain[option], theirs),
+            "theirs": partial(_step, plain[option], heads if option == "num_heads" else theirs),
             "without": partial(_step, lambda x: bare(x)[0], bare, x),
         }
         for option, layer in layers.items()

@@ -18,7 +18,7 @@ from .engine import engines, last_run, use_engine
 from .explain import Explanation, explain
 from .lazy import LazyGRU, LazyIndRNN, LazyLSTM, LazyRNN
 from .load_cell import LoadedLayer, load_cell
-from .modules import GRU, LSTM, QRNN, RNN, SRU, IndRNN, MinGRU, MinLSTM
+from .modules import GRU, LSTM, QRNN, RNN, SLSTM, SRU, IndRNN, MinGRU, MinLSTM
 from .quantize import QuantizedGRU, QuantizedIndRNN, QuantizedLSTM, QuantizedRNN, quantize
 from .recurrent import Recurrent
 
@@ -30,6 +30,7 @@ __all__ = [
     "LSTM",
     "QRNN",
     "RNN",
+    "SLSTM",
     "SRU",
     "Explanation",
     "GRUCell",

@@ -1,6 +1,6 @@
 """Several passes of a layer in one call, so that they may run side by side where one leaves
-processors idle: both directions, or (``chained``) layers that read one another. For plain eager
-calls: everything else takes them one by one."""
+processors idle: both directions and their heads, or (``chained``) layers that read one another. For
+plain eager calls: everything else takes them one by one."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 
 @torch.library.register_fake("rnnfast::forward_group")
 def forward_group_fake(
-    x: Tensor, tensors: Any, sizes: Any, cell: int, chained: bool, save: bool
+    x: Tensor, tensors: Any, sizes: Any, cell: int, chained: bool, save: bool, heads: int = 1
 ) -> list[Tensor]:
     """For _stack.py, which looks into its operator with it."""
     outs: list[Tensor] = []
     for first in range(0, len(tensors), 9):
         *one, reset, packed = tensors[first : first + 9]
         y = outs[-4] if chained and outs else x
-        reverse = not chained and first > 0
+        reverse = not chained and first >= 9 * heads
         outs += ops.forward_fake(y, *one, sizes, reset, packed, cell, reverse, save)
     return outs
 
@@ -49,31 +49,37 @@ class _OnePass:
         below = needed[0]
         if ctx.chained and index > 0:
             x = ys[index - 1]
-            below = below or any(needed[4 : 4 + 8 * index])
+            below = below or any(needed[5 : 5 + 8 * index])
         self.saved_tensors = (
             x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reset, ys[index], saved[index],
         )  # fmt: skip
-        self.needs_input_grad = (below, *needed[4 + 8 * index : 11 + 8 * index])
-        self.cell, self.reverse, self.save = ctx.cell, not ctx.chained and index == 1, True
+        self.needs_input_grad = (below, *needed[5 + 8 * index : 12 + 8 * index])
+        self.cell, self.reverse, self.save = ctx.cell, not ctx.chained and index >= ctx.heads, True
 
 
 class _Group(torch.autograd.Function):
-    """forward_group; arguments x, batch_sizes, cell, chained, then h0, c0, w_ih, w_hh, b_ih, b_hh,
-    w_hr and reset of each pass. Every y is an output: layers above one another read them, and a
-    second derivative goes through them."""
+    """forward_group; arguments x, batch_sizes, cell, chained, heads, then h0, c0, w_ih, w_hh, b_ih,
+    b_hh, w_hr and reset of each pass. Every y is an output: layers above one another read them, and
+    a second derivative goes through them."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, batch_sizes: Tensor | None, cell: int, chained: bool, *tensors: Any
+        ctx: Any,
+        x: Tensor,
+        batch_sizes: Tensor | None,
+        cell: int,
+        chained: bool,
+        heads: int,
+        *tensors: Any,
     ) -> Any:
         ctx.count = len(tensors) // 8
         passes: list[Tensor | None] = []
         for i in range(ctx.count):
             passes += [*tensors[8 * i : 8 * i + 8], None]
         with ops.below_autograd():
-            out = _forward_group(x, passes, batch_sizes, cell, chained, True)
+            out = _forward_group(x, passes, batch_sizes, cell, chained, True, heads)
         ctx.set_materialize_grads(False)
-        ctx.cell, ctx.chained = cell, chained
+        ctx.cell, ctx.chained, ctx.heads = cell, chained, heads
         fixed = out[3::4]
         if cell_spec(cell).states == 1:
             fixed += out[2::4]
@@ -86,7 +92,7 @@ class _Group(torch.autograd.Function):
         kept = ctx.saved_tensors  # once: hooks may unpack them only once
         passes = [_OnePass(ctx, kept, i) for i in range(ctx.count)]
         if _may_run_at_once(passes, incoming, ctx.chained):
-            grads = _at_once(passes, incoming, ctx.chained)
+            grads = _at_once(passes, incoming, ctx.chained, ctx.heads)
         elif ctx.chained:
             grads = _from_last_to_first(passes, incoming)
         else:
@@ -94,8 +100,10 @@ class _Group(torch.autograd.Function):
                 ops.forward_backward(one, *incoming[4 * i : 4 * i + 4])[:8]
                 for i, one in enumerate(passes)
             ]
-        dx = grads[0][0] if ctx.chained else _sum(grads[0][0], grads[1][0])
-        result: list[Any] = [dx, None, None, None]
+        dx = grads[0][0]
+        for of_pass in () if ctx.chained else grads[1:]:
+            dx = _sum(dx, of_pass[0])
+        result: list[Any] = [dx, None, None, None, None]
         for of_pass in grads:
             result += [*of_pass[1:], None]
         return tuple(result)
@@ -141,7 +149,7 @@ def _may_run_at_once(passes: Sequence[_OnePass], incoming: Sequence[Any], chaine
     )
 
 
-def _at_once(passes: Sequence[_OnePass], incoming: Any, chained: bool) -> list[Any]:
+def _at_once(passes: Sequence[_OnePass], incoming: Any, chained: bool, heads: int) -> list[Any]:
     tensors: list[Tensor | None] = []
     for i, one in enumerate(passes):
         _, *given, batch_sizes, reset, y, saved = one.saved_tensors
@@ -150,7 +158,7 @@ def _at_once(passes: Sequence[_OnePass], incoming: Any, chained: bool) -> list[A
     first = passes[0]
     with ops.below_autograd():
         grads = _backward_group(
-            first.saved_tensors[0], tensors, batch_sizes, first.cell, chained, needs
+            first.saved_tensors[0], tensors, batch_sizes, first.cell, chained, needs, heads
         )
     return [
         tuple(
@@ -185,12 +193,12 @@ def run(
     ):
         ops.refuse_packed(passes[0][8])
         given = [t for one in passes for t in one[:8]]
-        out = _Group.apply(x, batch_sizes, spec.id, chained, *given)
+        out = _Group.apply(x, batch_sizes, spec.id, chained, spec.heads, *given)
     else:
         with ops.below_autograd():
             given = [t for one in passes for t in one]
             if last and x.is_cpu:
-                out = _forward_group_last(x, given, batch_sizes, spec.id, chained)
+                out = _forward_group_last(x, given, batch_sizes, spec.id, chained, spec.heads)
             else:
-                out = _forward_group(x, given, batch_sizes, spec.id, chained, False)
+                out = _forward_group(x, given, batch_sizes, spec.id, chained, False, spec.heads)
     return [tuple(out[4 * i : 4 * i + 3]) for i in range(len(passes))]

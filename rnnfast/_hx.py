@@ -1,7 +1,9 @@
-"""The initial state of a layer's call, hx: the forms that torch.nn takes, and its errors."""
+"""The state of a layer's call, hx: the forms that torch.nn takes, and its errors; and those of
+cells with more states, whose tuple has one tensor for each."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -12,45 +14,68 @@ from ._checks import check_dense
 
 _strided = torch.strided
 _Size = tuple[int, int, int]
+NAMES = ("h", "c", "n", "m")
 
 
-def _refuse(found: Any, two_states: bool, error: type[Exception]) -> NoReturn:
-    """What is no tensor, or no pair of them, where torch.nn raises such an error."""
+def _refuse(found: Any, states: int, error: type[Exception]) -> NoReturn:
+    """What is no tensor, or no tuple of so many, where torch.nn raises such an error."""
     kind = type(found).__name__
-    if two_states and isinstance(found, (tuple, list)):
+    if states > 1 and isinstance(found, (tuple, list)):
         kind = f"({', '.join(type(one).__name__ for one in found)})"
-    wanted = "a tuple (h_0, c_0) of two tensors" if two_states else "a tensor"
+    names = ", ".join(f"{name}_0" for name in NAMES[:states])
+    number = {2: "two", 3: "three", 4: "four"}.get(states)
+    wanted = f"a tuple ({names}) of {number} tensors" if states > 1 else "a tensor"
     raise error(f"rnnfast: hx must be {wanted}, got {kind}")
 
 
-def take(hx: Any, two_states: bool, batched: bool, packed: bool) -> tuple[Tensor, Tensor | None]:
-    """h_0 and c_0 (None where there is none) as they were given, of the right dimensions."""
+def _take_many(hx: Any, states: int, wanted: int, form: str) -> tuple[Tensor, ...]:
+    if (
+        not isinstance(hx, (tuple, list))
+        or len(hx) != states
+        or not all(isinstance(one, Tensor) for one in hx)
+    ):
+        _refuse(hx, states, TypeError)
+    for k, one in enumerate(hx):
+        if one.layout is not _strided:
+            check_dense(one, f"hx[{k}]")
+        if one.dim() != wanted:
+            raise RuntimeError(
+                f"For {form} input, all of hx should also be {wanted}-D but hx[{k}] is a "
+                f"{one.dim()}-D tensor"
+            )
+    return tuple(hx)
+
+
+def take(hx: Any, states: int, batched: bool, packed: bool) -> tuple[Tensor, ...]:
+    """h_0, c_0 and what else a cell carries as they were given, of the right dimensions."""
     wanted = 3 if batched else 2
     form = "batched 3-D" if batched else "unbatched 2-D"
-    if not two_states:
+    if states > 2:
+        return _take_many(hx, states, wanted, form)
+    if states == 1:
         if not isinstance(hx, Tensor):
-            _refuse(hx, False, AttributeError)
+            _refuse(hx, 1, AttributeError)
         if hx.layout is not _strided:
             check_dense(hx, "hx")
         if hx.dim() != wanted and not packed:
             raise RuntimeError(
                 f"For {form} input, hx should also be {wanted}-D but got {hx.dim()}-D tensor"
             )
-        return hx, None
+        return (hx,)
     if not packed:
         try:  # as torch.nn looks at them, so that what is wrong raises the same types of errors
             found = hx[0].dim(), hx[1].dim()
         except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError) as error:
-            _refuse(hx, True, type(error))
+            _refuse(hx, 2, type(error))
         if found != (wanted, wanted):
             raise RuntimeError(
                 f"For {form} input, hx and cx should also be {wanted}-D but got "
                 f"({found[0]}-D, {found[1]}-D) tensors"
             )
     elif isinstance(hx, (tuple, list)) and not all(isinstance(one, Tensor) for one in hx):
-        _refuse(hx, True, TypeError)
+        _refuse(hx, 2, TypeError)
     if not isinstance(hx, (tuple, list)):
-        _refuse(hx, True, TypeError)
+        _refuse(hx, 2, TypeError)
     if len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
     h0, c0 = hx
@@ -64,28 +89,44 @@ def _raise_size(who: str, expected: _Size, found: Tensor) -> NoReturn:
     raise RuntimeError(f"Expected {who} size {expected}, got {list(found.size())}")
 
 
+def inner(states: Sequence[Tensor]) -> Tensor | None:
+    """(K*(S-1), B, H): what a cell carries besides h, of each pass in turn, of S-1 tensors (K, B,
+    H)."""
+    if len(states) < 2:
+        return states[0] if states else None
+    return torch.stack(tuple(states), 1).flatten(0, 1)
+
+
+def leave(h: Tensor, c: Tensor, states: int) -> Any:
+    """The state as a layer gives it back: a tensor, or a tuple; c as :func:`inner` makes it."""
+    if states < 3:
+        return h if states == 1 else (h, c)
+    each = c.unflatten(0, (-1, states - 1))
+    return (h, *(each[:, k] for k in range(states - 1)))
+
+
 def fit(
-    h0: Tensor,
-    c0: Tensor | None,
+    states: Sequence[Tensor],
     batched: bool,
     sizes: tuple[_Size, _Size],
     weight: Tensor,
     order: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Batched states of these sizes, in the dtype of the weights and the order of packed rows."""
+    """h_0 and :func:`inner` of the rest, batched, of these sizes, in the dtype of the weights and
+    the order of packed rows."""
+    on_cpu, single = weight.is_cpu, len(states) == 1
     if not batched:
-        h0 = h0.unsqueeze(1)
-        c0 = None if c0 is None else c0.unsqueeze(1)
-    if h0.shape != sizes[0]:
-        _raise_size("hidden" if c0 is None else "hidden[0]", sizes[0], h0)
-    on_cpu = weight.is_cpu
-    if c0 is not None:
-        if c0.shape != sizes[1]:
-            _raise_size("hidden[1]", sizes[1], c0)
-        if c0.dtype != weight.dtype or not (on_cpu and c0.is_cpu):
-            c0 = match_state(c0, weight, "hx[1]")
-    if h0.dtype != weight.dtype or not (on_cpu and h0.is_cpu):
-        h0 = match_state(h0, weight, "hx" if c0 is None else "hx[0]")
+        states = [state.unsqueeze(1) for state in states]
+    for k, state in enumerate(states):
+        if state.shape != sizes[k > 0]:
+            _raise_size("hidden" if single else f"hidden[{k}]", sizes[k > 0], state)
+    # c first: torch.nn's order
+    fitted = list(states)
+    for k in reversed(range(len(fitted))):
+        state = fitted[k]
+        if state.dtype != weight.dtype or not (on_cpu and state.is_cpu):
+            fitted[k] = match_state(state, weight, "hx" if single else f"hx[{k}]")
+    h0, c0 = fitted[0], inner(fitted[1:])
     if order is not None:
         h0 = h0.index_select(1, order)
         c0 = None if c0 is None else c0.index_select(1, order)

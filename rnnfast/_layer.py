@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import Parameter
 
-from . import _regularize, _run, _step
+from . import _heads, _regularize, _run, _step
 from ._checks import check_recompute
 from ._freeze import Frozen, why_not
 from ._step_plan import StepPlan
@@ -28,6 +30,8 @@ SPECS: dict[str, CellSpec] = {
     "MIN_GRU_LINEAR": cell_spec("min_gru_linear"),
     "MIN_LSTM": cell_spec("min_lstm"),
     "MIN_LSTM_LINEAR": cell_spec("min_lstm_linear"),
+    "SLSTM": cell_spec("slstm"),
+    "SLSTM_EXP": cell_spec("slstm_exp"),
     "QRNN_F": cell_spec("qrnn_f"),
     "QRNN_FO": cell_spec("qrnn_fo"),
     "QRNN_IFO": cell_spec("qrnn_ifo"),
@@ -59,7 +63,8 @@ def text_of_cell(layer: nn.Module) -> str:
         text += f", activation={spec.activation}"
     if spec.gate_activation != plain.gate_activation and spec.gates > 1:
         text += f", gate_activation={spec.gate_activation}"
-    return text + (f", cell_clip={spec.clip:g}" if spec.clip else "")
+    text += f", cell_clip={spec.clip:g}" if spec.clip else ""
+    return text + (f", num_heads={spec.heads}" if spec.heads > 1 else "")
 
 
 def no_proj_size(kwargs: dict[str, Any], name: str) -> None:
@@ -74,7 +79,7 @@ class Layer(nn.RNNBase):
     """What the layers share."""
 
     _frozen: Frozen | None = None
-    _chosen_cell: CellSpec | None = None  # where activations or a bound were chosen
+    _chosen_cell: CellSpec | None = None  # where activations, a bound or heads were chosen
     #: Whether forward keeps only the states every 64 steps for backward, which computes the gates
     #: between them anew. May be set at any time, and holds from the next call on.
     recompute: bool = False
@@ -96,6 +101,20 @@ class Layer(nn.RNNBase):
         spec = chosen_cell(type(self).__name__.removeprefix("Lazy"), kind, *options)
         if spec.options:
             self._chosen_cell = spec
+
+    def _set_heads(self, num_heads: int, device: Any) -> None:
+        """Of a layer that torch.nn has made on the meta device: the real weights."""
+        self._chosen_cell = replace(spec_of(self), heads=num_heads)
+        for name in self._flat_weights_names:
+            w = getattr(self, name)
+            rows, *columns = w.shape
+            if name.startswith("weight_hh"):
+                columns = [self.hidden_size // num_heads]
+            setattr(
+                self, name, Parameter(torch.empty(rows, *columns, device=device, dtype=w.dtype))
+            )
+        self._init_flat_weights()
+        self.reset_parameters()
 
     def _nonlinearity(self, kind: str, nonlinearity: str, activation: str | None) -> str:
         """torch.nn's argument; an activation that torch.nn has not is chosen."""
@@ -152,7 +171,11 @@ class Layer(nn.RNNBase):
 
     def _complete(self, weights: Sequence[Any]) -> Sequence[Any]:
         """The weights as a call takes them, w_ih, w_hh, b_ih, b_hh, of those that there are."""
-        return weights
+        spec = self._chosen_cell
+        if spec is None or spec.heads == 1:
+            return weights
+        bias = self.bias or spec.parameters > 0
+        return _heads.split(type(self).__name__, spec, weights, bias)
 
     def _current(self) -> tuple[Sequence[Any], Sequence[Tensor] | None]:
         """The weights of this call, and their packed form if the layer is frozen."""
@@ -165,6 +188,9 @@ class Layer(nn.RNNBase):
     def _step_plan(self) -> StepPlan | None:
         frozen = self._frozen
         if frozen is None:
+            return None
+        spec = spec_of(self)
+        if spec.heads > 1 or spec.states > 2:
             return None
         frozen.packed(self._parameters)  # or an error: other weights
         return frozen.step_plan()
@@ -295,9 +321,10 @@ class Layer(nn.RNNBase):
             >>> with torch.inference_mode():
             ...     y, state = layer(x)
         """
-        count = self.num_layers * (2 if self.bidirectional else 1)
+        spec = spec_of(self)
+        count = self.num_layers * (2 if self.bidirectional else 1) * spec.heads
         self._frozen = Frozen(
-            spec_of(self), self._parameters, self._flat_weights_names, count, self._complete
+            spec, self._parameters, self._flat_weights_names, count, self._complete
         )
         return self
 

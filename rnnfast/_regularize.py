@@ -206,7 +206,7 @@ def _masks_of_layer(
     spec: CellSpec,
     x: Tensor,
     weights: Sequence[Any],
-    directions: int,
+    passes: int,
 ) -> list[Masks] | None:
     """What is drawn inside the recurrences of a layer, None for nothing."""
     p, zoneout = options.recurrent_dropout, options.zoneout or None
@@ -218,7 +218,7 @@ def _masks_of_layer(
             spec, x, sequences.kept(x, weights[1].size(-1), p) if p else None, p, zoneout,
             options.draws, hidden,
         )
-        for _ in range(directions)
+        for _ in range(passes)
     ]  # fmt: skip
 
 
@@ -247,20 +247,28 @@ def _layer_by_layer(
     if h0 is None and order is not None and torch.compiler.is_compiling():
         # one batch for all layers: of packed rows alone, each would have one of unknown size
         out = weights[1].size(-1) if spec.has_hidden_side else weights[0].size(0) // spec.gates
+        out *= spec.heads
         h0 = x.new_zeros(num_layers * directions, order.size(0), out)
     y = sequences.without_padding(x) if options.residual else x
     added: Tensor | None = None
     states: list[tuple[Tensor, Tensor]] = []
+
+    def of(k: int, part: Sequence[Any] | Tensor | None, each: int = 1) -> Any:
+        """Those of layer k, of which each direction has so many."""
+        each *= directions
+        return None if part is None else part[k * each : (k + 1) * each]
+
     for k in range(num_layers):
-        entered, here, last = y, slice(k * directions, (k + 1) * directions), k == num_layers - 1
+        entered, last = y, k == num_layers - 1
         if options.input_dropout:
             y = sequences.drop(y, options.input_dropout)
         y, h_n, c_n = stack(
-            spec, y, None if h0 is None else h0[here], None if c0 is None else c0[here],
-            weights[k * each : (k + 1) * each], bias, 1, directions, 0.0, batch_sizes, reset,
-            None if packed is None else packed[here], lengths, recompute,
-            last and options.return_last,
-            _masks_of_layer(options, sequences, spec, y, weights[k * each :], directions),
+            spec, y, of(k, h0), of(k, c0, spec.states - 1), weights[k * each : (k + 1) * each],
+            bias, 1, directions, 0.0, batch_sizes, reset, of(k, packed, spec.heads), lengths,
+            recompute, last and options.return_last,
+            _masks_of_layer(
+                options, sequences, spec, y, weights[k * each :], directions * spec.heads
+            ),
         )  # fmt: skip
         states.append((h_n, c_n))
         if options.residual and entered.size(-1) == directions * h_n.size(-1):
@@ -306,7 +314,7 @@ def run(
             f"of the cell {spec.name} has not; it must be 0, got {options.recurrent_dropout!r}"
         )
     if options.weight_dropout:
-        each = len(weights) // (num_layers * directions)
+        each = len(weights) // (num_layers * directions * spec.heads)
         weights = _drop_weights(weights, each, options.weight_dropout, packed)
     given = h0, c0
     if empty is not None:  # a state that nothing is computed from reaches no gradient

@@ -159,10 +159,11 @@ def stack(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions.
 
-    x (T, B, I) or packed (N, I), h0 (L*D, B, P), c0 (L*D, B, H) or None, reset (T, B) or (N,) as
-    the forward direction has it; packed_weights: those of a frozen layer; lengths: of padded x,
-    where a graph keeps them; last: nobody reads y, which may then be empty; masks: those of each
-    pass. Gives y, h_n (L*D, B, P) and c_n (L*D, B, H), which is empty for cells of one state.
+    x (T, B, I) or packed (N, I), h0 (L*D, B, P), c0 (L*D*(S-1), B, H) or None, reset (T, B) or (N,)
+    as the forward direction has it; weights: of each head in turn; packed_weights: those of a
+    frozen layer; lengths: of padded x, where a graph keeps them; last: nobody reads y, which may
+    then be empty; masks: those of each pass. Gives y, h_n (L*D, B, P) and c_n (L*D*(S-1), B, H),
+    which is empty for cells of one state.
     """
     without_rules = batch_sizes is not None or spec.parameters > 0
     use_ref = use_reference(x, h0, c0, weights, without_rules)
@@ -170,8 +171,10 @@ def stack(
     recompute = recompute and spec.saved > 0 and _is_grad_enabled()
     if use_ref and batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.size(0))
-    if num_layers == 1 and directions == 1:
-        b_ih, b_hh = weights[2:4] if bias else (None, None)
+    of_layer = directions * spec.heads  # passes side by side
+    if num_layers == 1 and of_layer == 1:
+        # bias says what the layer has: parameters stand behind a bias that it may not have
+        b_ih, b_hh = weights[2:4] if len(weights) >= 4 else (None, None)
         w_hr = weights[-1] if len(weights) % 2 else None
         y, h_n, c_n = direction(
             use_ref,
@@ -203,6 +206,7 @@ def stack(
         or recompute
         or packed_weights is not None
         or masks is not None
+        or spec.heads > 1
         or is_exporting()
         or (last and x.is_cpu and lengths is None and not _stack.saves(x, h0, c0, weights))
     ):
@@ -210,21 +214,22 @@ def stack(
             spec, x, h0, c0, weights, num_layers, directions, dropout, batch_sizes, reset, lengths
         )
     passes = _passes.split(
-        weights, num_layers, directions, h0, c0, batch_sizes, reset, packed_weights
+        spec, weights, num_layers, directions, h0, c0, batch_sizes, reset, packed_weights
     )
     one_by_one = use_ref or recompute or lengths is not None or masks is not None
     grouped = not one_by_one and _group.applies(x, passes)
-    all_at_once = grouped and directions == 1 and dropout == 0
+    all_at_once = grouped and of_layer == 1 and dropout == 0
 
     def run(y: Tensor, first: int, some: Sequence[_passes.Pass]) -> Sequence[Any]:
         ends = last and first + len(some) == len(passes)
         if grouped and len(some) > 1:
-            return _group.run(spec, y, some, batch_sizes, directions == 1, ends)
+            return _group.run(spec, y, some, batch_sizes, of_layer == 1, ends)
         outs: list[Any] = []
         for k, (*tensors, mask, packed) in enumerate(some):
             drawn = None if masks is None else masks[first + k]
             args: Any = (
-                *tensors, batch_sizes, mask, packed, k == 1, lengths, recompute, ends, drawn,
+                *tensors, batch_sizes, mask, packed, k >= spec.heads, lengths, recompute, ends,
+                drawn,
             )  # fmt: skip
             outs.append(direction(use_ref, spec, y, *args))
         return outs
@@ -233,8 +238,8 @@ def stack(
         # torch.nn's draw, so that seeds give its masks
         return y if dropout == 0 else torch.dropout(y, dropout, True)
 
-    at_once = len(passes) if all_at_once else directions
-    return _passes.walk(x, passes, directions, at_once, run, between)
+    at_once = len(passes) if all_at_once else of_layer
+    return _passes.walk(spec, x, passes, of_layer, at_once, run, between)
 
 
 def layer(
@@ -259,7 +264,6 @@ def layer(
     options: Options | None = None,
 ) -> tuple[Any, Any]:
     """A whole layer as torch.nn has it: input and hx in any of their forms, its errors."""
-    two_states = spec.states == 2
     directions = 2 if bidirectional else 1
     weight = weights[0]
     dtype = weight.dtype
@@ -295,7 +299,7 @@ def layer(
         dims = 2
         batched = not single
         if x.dtype != dtype:
-            x = match_input(x, weight, not two_states)
+            x = match_input(x, weight, spec.states == 1)
     else:
         x = input
         if x.layout is not _strided:
@@ -317,7 +321,8 @@ def layer(
     h0: Tensor | None = None
     c0: Tensor | None = None
     if hx is not None:
-        h0, c0 = _hx.take(hx, two_states, batched, batch_sizes is not None and not single)
+        states = _hx.take(hx, spec.states, batched, batch_sizes is not None and not single)
+        h0 = states[0]
         if batch_sizes is not None and torch.compiler.is_compiling() and h0.dim() == 3:
             # a graph has no batch_sizes yet: its operator compares them with what it gets
             batch = h0.size(1) if sorted_indices is None else sorted_indices.size(0)
@@ -332,10 +337,10 @@ def layer(
     on_cpu = x.is_cpu
     if weight.is_cpu is not on_cpu or not on_cpu:
         check_device(x, weight)
-    if h0 is not None:
+    if hx is not None:
         count = num_layers * directions
         sizes = (count, batch, proj_size or hidden_size), (count, batch, hidden_size)
-        h0, c0 = _hx.fit(h0, c0, batched, sizes, weight, sorted_indices)
+        h0, c0 = _hx.fit(states, batched, sizes, weight, sorted_indices)
     if x.size(0) == 0 and batch_sizes is None:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
@@ -356,10 +361,10 @@ def layer(
 
     if unsorted_indices is not None:
         h_n = h_n.index_select(1, unsorted_indices)
-        c_n = c_n.index_select(1, unsorted_indices) if two_states else c_n
+        c_n = c_n.index_select(1, unsorted_indices) if spec.states > 1 else c_n
     if not batched:
         h_n = h_n.squeeze(1)
-        c_n = c_n.squeeze(1) if two_states else c_n
+        c_n = c_n.squeeze(1) if spec.states > 1 else c_n
     output: Any = y
     if last is not None:
         output = last if unsorted_indices is None else last.index_select(0, unsorted_indices)
@@ -375,7 +380,7 @@ def layer(
             output = output.squeeze(1)
         elif batch_first:
             output = output.transpose(0, 1)
-    return output, ((h_n, c_n) if two_states else h_n)
+    return output, _hx.leave(h_n, c_n, spec.states)
 
 
 def of_module(

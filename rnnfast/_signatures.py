@@ -11,9 +11,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._layer import Layer
 
-__all__ = ["AnyStateCalls", "Device", "Input", "LSTMCalls", "OneStateCalls", "States"]
+__all__ = [
+    "AnyStateCalls", "Device", "FourStates", "Input", "LSTMCalls", "OneStateCalls", "SLSTMCalls",
+    "States",
+]  # fmt: skip
 
 States = tuple[Tensor, Tensor]
+FourStates = tuple[Tensor, Tensor, Tensor, Tensor]
 Device = torch.device | str | int | None
 # what comes in comes out
 Input = TypeVar("Input", Tensor, PackedSequence, "Tensor | PackedSequence")
@@ -83,5 +87,26 @@ if TYPE_CHECKING:
             self, input: Tensor, state: Any = None, reset: Tensor | bool | None = None
         ) -> tuple[Tensor, Any]: ...
 
+    class SLSTMCalls(Layer):
+        def forward(
+            self,
+            input: Input,
+            hx: FourStates | None = None,
+            reset: Tensor | PackedSequence | None = None,
+            lengths: Tensor | None = None,
+            mask: Tensor | None = None,
+        ) -> tuple[Input, FourStates]: ...
+        def __call__(
+            self,
+            input: Input,
+            hx: FourStates | None = None,
+            reset: Tensor | PackedSequence | None = None,
+            lengths: Tensor | None = None,
+            mask: Tensor | None = None,
+        ) -> tuple[Input, FourStates]: ...
+        def step(
+            self, input: Tensor, state: FourStates | None = None, reset: Tensor | bool | None = None
+        ) -> tuple[Tensor, FourStates]: ...
+
 else:
-    LSTMCalls = OneStateCalls = AnyStateCalls = Layer
+    LSTMCalls = OneStateCalls = AnyStateCalls = SLSTMCalls = Layer

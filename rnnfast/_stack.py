@@ -47,6 +47,7 @@ def _check(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
+    cell: int,
     num_layers: int,
     directions: int,
 ) -> None:
@@ -56,8 +57,10 @@ def _check(
     count = num_layers * directions
     if len(weights) not in range(2 * count, 6 * count, count):
         _refuse(f"weights must hold 2 to 5 tensors for each of L*D = {count} passes", len(weights))
-    for name, letters, state in (("h0", "(L*D, B, P)", h0), ("c0", "(L*D, B, H)", c0)):
-        if state is not None and (state.dim() != 3 or state.size(0) != count):
+    rest = max(cell_spec(cell).states - 1, 1)
+    of_c = "(L*D, B, H)" if rest == 1 else "(L*D*(S-1), B, H)"
+    for name, letters, state, each in (("h0", "(L*D, B, P)", h0, 1), ("c0", of_c, c0, rest)):
+        if state is not None and (state.dim() != 3 or state.size(0) != count * each):
             _refuse(f"{name} must have shape {letters} with L*D = {count}", tuple(state.shape))
     if lengths is not None:
         if batch_sizes is not None:
@@ -114,9 +117,10 @@ def _forward(
         masks.append(mask.bool())  # of no rows it is not
         return dropped
 
-    passes = _passes.split(weights, num_layers, directions, h0, c0, batch_sizes, reset)
+    spec = cell_spec(cell)
+    passes = _passes.split(spec, weights, num_layers, directions, h0, c0, batch_sizes, reset)
     at_once = _at_once(len(passes), directions, dropout)
-    outputs = list(_passes.walk(x, passes, directions, at_once, run, between))
+    outputs = list(_passes.walk(spec, x, passes, directions, at_once, run, between))
     return (outputs, inner, saved, masks) if save else (outputs, [], [], [])
 
 
@@ -128,7 +132,7 @@ def _forward_kernel(
     x: Tensor, h0: Any, c0: Any, weights: Any, batch_sizes: Any, lengths: Any, reset: Any,
     cell: int, num_layers: int, directions: int, dropout: float, save: bool,
 ) -> list[Tensor]:  # fmt: skip
-    _check(x, h0, c0, weights, batch_sizes, lengths, num_layers, directions)
+    _check(x, h0, c0, weights, batch_sizes, lengths, cell, num_layers, directions)
     numbers = (cell, num_layers, directions, dropout, save)
     rows = _rows(lengths, x)
     if rows is None:
@@ -148,7 +152,7 @@ def _forward_fake(
     x: Tensor, h0: Any, c0: Any, weights: Any, batch_sizes: Any, lengths: Any, reset: Any,
     cell: int, num_layers: int, directions: int, dropout: float, save: bool,
 ) -> list[Tensor]:  # fmt: skip
-    _check(x, h0, c0, weights, batch_sizes, lengths, num_layers, directions)
+    _check(x, h0, c0, weights, batch_sizes, lengths, cell, num_layers, directions)
     if batch_sizes is not None and h0 is None:
         # an unknown batch, which must be the same one in all passes
         count = num_layers * directions
@@ -213,7 +217,9 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients, without lengths."""
-    passes = _passes.split(weights, num_layers, directions, h0, c0, batch_sizes, reset)
+    spec = cell_spec(cell)
+    rest = spec.states - 1
+    passes = _passes.split(spec, weights, num_layers, directions, h0, c0, batch_sizes, reset)
     inner, saved, masks = _split_kept(kept, num_layers, directions)
     ys = [half for of_layer in (*inner, y) for half in _halves(of_layer, directions)]
     lowest, masks_of_needs, places = _needs_of_passes(tuple(needs), num_layers, directions)
@@ -225,7 +231,7 @@ def _backward(
         given: list[Tensor | None] = []
         for i in range(first, end):
             dh = None if dh_n is None else dh_n[i]
-            dc = None if dc_n is None else dc_n[i : i + 1]
+            dc = None if dc_n is None else dc_n[i * rest : (i + 1) * rest]
             given += [*passes[i][:8], ys[i], saved[i], dys[i - first], dh, dc]
         entered = x if layer == 0 else inner[layer - 1]
         if layer > 0 and masks:
@@ -250,7 +256,7 @@ def _backward_kernel(
     lengths: Any, reset: Any, y: Tensor, kept: Any, cell: int, num_layers: int, directions: int,
     dropout: float, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    _check(x, h0, c0, weights, batch_sizes, lengths, num_layers, directions)
+    _check(x, h0, c0, weights, batch_sizes, lengths, cell, num_layers, directions)
     numbers = (cell, num_layers, directions, dropout, needs)
     rows = _rows(lengths, x)
     if rows is None:
@@ -275,7 +281,7 @@ def _backward_fake(
     lengths: Any, reset: Any, y: Tensor, kept: Any, cell: int, num_layers: int, directions: int,
     dropout: float, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    _check(x, h0, c0, weights, batch_sizes, lengths, num_layers, directions)
+    _check(x, h0, c0, weights, batch_sizes, lengths, cell, num_layers, directions)
     ops._check_devices(
         x, batch_sizes, dy=dy, dh_n=dh_n, dc_n=dc_n, h0=h0, c0=c0, reset=reset, y=y,
         **{f"weights[{i}]": t for i, t in enumerate(weights)},
@@ -345,8 +351,9 @@ def _one_by_one(
         def between(y: Tensor) -> Tensor:
             return _drop(y, next(drawn), dropout) if masks else y
 
-        passes = _passes.split(weights, num_layers, directions, h0, c0, sizes, cut)
-        y, h_n, c_n = _passes.walk(x, passes, directions, directions, run, between)
+        spec = cell_spec(cell)
+        passes = _passes.split(spec, weights, num_layers, directions, h0, c0, sizes, cut)
+        y, h_n, c_n = _passes.walk(spec, x, passes, directions, directions, run, between)
         if rows is None:
             return y, h_n, c_n
         return _lengths.pad(y, rows), rows.unsort(h_n, 1), rows.unsort(c_n, 1)

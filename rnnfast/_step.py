@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import _cast, _regularize, _reset, _run, engine, ops
+from . import _cast, _hx, _regularize, _reset, _run, engine, ops
 from ._checks import check_dense
 from ._modes import is_transformed, nothing_is_watching
 from .cells import CellSpec
@@ -44,6 +44,8 @@ def _short_way(
         or not input.is_cpu
         or layer.num_layers != 1
         or layer.bidirectional
+        or spec.heads != 1
+        or spec.states > 2
         or engine.forced != "auto"
         or _is_any_autocast_enabled()
         or is_transformed()
@@ -120,14 +122,15 @@ def _raise_state(name: str, letters: str, sizes: tuple[int, ...], found: Any) ->
 def _checked_states(
     layer: Any, spec: CellSpec, state: Any, batch: tuple[int, ...], weight: Tensor
 ) -> list[Tensor]:
-    """h, or h and c, of shape (L, *batch, features)."""
+    """h and what else the cell carries, of shape (L, *batch, features)."""
     names, states = ["state"], [state]
     widths = [("P" if layer.proj_size else "H", layer.proj_size or layer.hidden_size)]
-    if spec.states == 2:
-        if not isinstance(state, (tuple, list)) or len(state) != 2:
-            raise RuntimeError(f"rnnfast: state must be a tuple (h, c), got {_text(state)}")
-        names, states = ["state[0]", "state[1]"], list(state)
-        widths.append(("H", layer.hidden_size))
+    if spec.states > 1:
+        if not isinstance(state, (tuple, list)) or len(state) != spec.states:
+            wanted = ", ".join(_hx.NAMES[: spec.states])
+            raise RuntimeError(f"rnnfast: state must be a tuple ({wanted}), got {_text(state)}")
+        names, states = [f"state[{k}]" for k in range(spec.states)], list(state)
+        widths += [("H", layer.hidden_size)] * (spec.states - 1)
     for i, (name, (letter, width)) in enumerate(zip(names, widths, strict=True)):
         sizes = (layer.num_layers, *batch, width)
         if isinstance(states[i], Tensor):
@@ -173,7 +176,7 @@ def step(layer: Any, spec: CellSpec, input: Any, state: Any, reset: Any) -> tupl
         states = _checked_states(layer, spec, state, batch, weight)
         if not batched:
             states = [s.unsqueeze(1) for s in states]
-        h, c = states if spec.states == 2 else (states[0], None)
+        h, c = states[0], _hx.inner(states[1:])
     if not batched and isinstance(reset, bool):
         reset = torch.full((), reset, dtype=torch.bool, device=x.device)
     if reset is not None:
@@ -189,5 +192,5 @@ def step(layer: Any, spec: CellSpec, input: Any, state: Any, reset: Any) -> tupl
     y = y.squeeze(0)
     if not batched:
         y, h_n = y.squeeze(0), h_n.squeeze(1)
-        c_n = c_n.squeeze(1) if spec.states == 2 else c_n
-    return y, (h_n if spec.states == 1 else (h_n, c_n))
+        c_n = c_n.squeeze(1) if spec.states > 1 else c_n
+    return y, _hx.leave(h_n, c_n, spec.states)

@@ -45,6 +45,7 @@ class CellSpec:
         clip: bound of the LSTM's ``c``, 0 for none
         keeps: whether a part of the states may stay as it was (``name`` then ends with
             ``_zoneout``)
+        heads: number of blocks on the diagonal of W_hh, each a call of its own for the operators
     """
 
     name: str
@@ -62,6 +63,7 @@ class CellSpec:
     gate_activation: str = "sigmoid"
     clip: float = 0.0
     keeps: bool = False
+    heads: int = 1
 
     @property
     def is_own(self) -> bool:
@@ -103,6 +105,8 @@ CELLS: tuple[CellSpec, ...] = (
         "gru_zoneout", 22, gates=3, states=1, saved=4, split_gates=True, options=True, keeps=True
     ),
     CellSpec("rnn_zoneout", 23, gates=1, states=1, saved=1, options=True, keeps=True),
+    CellSpec("slstm", 24, gates=4, states=4, saved=5),
+    CellSpec("slstm_exp", 25, gates=4, states=4, saved=4),
 )
 
 _BY_NAME = {spec.name: spec for spec in CELLS}

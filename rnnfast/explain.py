@@ -80,6 +80,7 @@ def _reason(
     times: dict[str, float],
     beside: str,
     stages: bool,
+    heads: int,
 ) -> str:
     text = f"{isa} is " + ("forced" if engine.isa_is_forced() else "the widest of this machine")
     if ran != isa:
@@ -91,7 +92,9 @@ def _reason(
             "serial": "too little work, or one thread, to divide",
             "batch": f"{threads} threads take rows of the batch and need no synchronisation",
             "units": f"{threads} threads take hidden units and meet once a step",
-            "directions": "both directions run side by side, each on half of the threads",
+            "directions": "directions and heads run side by side, each on its share of the threads"
+            if heads > 1
+            else "both directions run side by side, each on half of the threads",
             "layers": "layers run side by side, each a few steps behind the one that it reads",
         }[split]
     )
@@ -99,8 +102,9 @@ def _reason(
         parts[-1] = "the split is forced by use_engine"
     elif len(times) > 1:
         listed = ", ".join(f"{name} {time:.0f} us" for name, time in times.items())
-        alone = {"directions": " of one direction alone", "layers": " of one layer alone"}.get(
-            split, ""
+        one = "head" if heads > 1 else "direction"
+        alone = {"directions": f" of one {one} alone", "layers": " of one layer alone"}.get(
+            split, f" of one {one}" if heads > 1 else ""
         )
         parts[-1] += f" (model{alone}: {listed})"
     if stages:
@@ -206,7 +210,8 @@ def _row(
     ``beside``: the passes of its layer that one call runs."""
     seq_len, batch, input_size, hidden, out = sizes
     text = str(dtype).removeprefix("torch.")
-    shape = f"{spec.name} T={seq_len} B={batch} I={input_size} H={hidden}"
+    shape = f"{spec.name} T={seq_len} B={batch} I={input_size} H={spec.heads * hidden}"
+    shape += f" heads={spec.heads}" if spec.heads > 1 else ""
     shape += f" P={out}" if out != hidden else ""
     shape += f" {text}{' train' if train else ''}"
     nothing = ("-", 0, "-", "-")
@@ -232,7 +237,8 @@ def _row(
             split = "layers" if beside.chained else "directions"
             threads = together * each
         if alone > 0 and at_once > 0:
-            what = f"all {beside.count} layers" if beside.chained else "both directions"
+            what = "both directions" if spec.heads == 1 else f"all {beside.count} heads"
+            what = f"all {beside.count} layers" if beside.chained else what
             beside_text = f"{what} {alone:.0f} us one by one, {at_once:.0f} us side by side"
     if kept:
         ih, hh = "packed", "packed" if spec.dense else "diagonal"
@@ -240,7 +246,9 @@ def _row(
     dot = dtype == torch.int8 or (dtype == torch.bfloat16 and kernel == "packed")
     ran = engine.ran_isa(isa, dot)
     times = engine.estimates(spec.id, sizes, itemsize, offered, packed)
-    reason = _reason(isa, ran, text, threads, split, kernel, kept, times, beside_text, spec.stages)
+    reason = _reason(
+        isa, ran, text, threads, split, kernel, kept, times, beside_text, spec.stages, spec.heads
+    )
     return Row(name, shape, "cpu", ran, threads, split, kernel, reason)
 
 
@@ -282,21 +290,26 @@ def _layer_rows(name: str, module: nn.Module, x: Any, seq_len: int, batch: int) 
         elif x is not None:
             seq_len, batch = x.size(0), 1
         directions = 2 if m.bidirectional else 1
-        out = m.proj_size or m.hidden_size
+        spec = spec_of(module)
+        hidden = m.hidden_size // spec.heads  # of a pass
+        out = m.proj_size or hidden
 
         def kept(index: int) -> str:
             if quantized:
                 return "quantize()"
             frozen = m._frozen
-            return "" if frozen is None else f"freeze(), {frozen.bytes(index) / 2**20:.1f} MiB"
+            if frozen is None:
+                return ""
+            passes = range(index * spec.heads, (index + 1) * spec.heads)
+            return f"freeze(), {sum(map(frozen.bytes, passes)) / 2**20:.1f} MiB"
 
         def beside(layer: int, direction: int, inputs: int) -> Beside | None:
-            if train and spec_of(m).saved > 0 and getattr(m, "recompute", False):
+            if train and spec.saved > 0 and getattr(m, "recompute", False):
                 return None  # one pass after the other, a chunk at a time
             if m.zoneout or (m.training and m.recurrent_dropout):
                 return None  # one pass after the other
-            if m.bidirectional:
-                return Beside(2, False, direction, inputs)
+            if m.bidirectional or spec.heads > 1:
+                return Beside(directions * spec.heads, False, direction * spec.heads, inputs)
             between = m.residual or (m.training and (m.dropout > 0 or m.input_dropout > 0))
             if m.num_layers == 1 or between:
                 return None
@@ -304,12 +317,12 @@ def _layer_rows(name: str, module: nn.Module, x: Any, seq_len: int, batch: int) 
 
         rows = []
         for k in range(m.num_layers):
-            inputs = m.input_size if k == 0 else out * directions
-            sizes = (seq_len, batch, inputs, m.hidden_size, out)
+            inputs = m.input_size if k == 0 else out * directions * spec.heads
+            sizes = (seq_len, batch, inputs, hidden, out)
             rows += [
                 _row(
                     f"{name}.l{k}{'_reverse' if d else ''}".lstrip("."),
-                    spec_of(module),
+                    spec,
                     sizes,
                     weight.dtype,
                     weight.device,

@@ -9,13 +9,14 @@ torch.nn: for every layer and direction ``w_ih, w_hh, b_ih, b_hh, w_hr``, withou
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _parameters, _regularize, _run
+from . import _heads, _parameters, _regularize, _run
 from ._cell_functions import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 from ._checks import check_dense
 from ._signatures import Input as Form
@@ -25,6 +26,7 @@ from .gru import kind_of as gru_kind_of
 from .lstm import kind_of
 from .scan import linear_scan
 from .scan_functional import min_gru, min_lstm, qrnn
+from .slstm_functional import slstm
 from .sru import sru
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "rnn_relu_cell",
     "rnn_tanh",
     "rnn_tanh_cell",
+    "slstm",
     "sru",
 ]
 
@@ -129,6 +132,7 @@ def _layer(
     residual: bool = False,
     recurrent_dropout: float = 0.0,
     zoneout: float | tuple[float, float] = 0.0,
+    num_heads: int = 1,
 ) -> tuple[Any, Any]:
     _check_options(num_layers, bias, dropout)
     options = _regularize.of_function(
@@ -160,27 +164,15 @@ def _layer(
         raise RuntimeError(f"rnnfast: w_hr must have shape (P, H), got {tuple(w_hr.shape)}")
     if spec.parameters:
         weights, bias = _parameters.merge(weights, count, bias), True
+    hidden_size, proj_size = w_ih.size(0) // spec.gates, 0 if w_hr is None else w_hr.size(0)
+    if _heads.check(name, num_heads, hidden_size, proj_size) > 1:
+        spec = replace(spec, heads=num_heads)
+        weights = _heads.split(name, spec, weights, bias)
     return _run.layer(
-        name,
-        spec,
-        input,
-        hx,
-        reset,
-        weights,
-        w_ih.size(1),
-        w_ih.size(0) // spec.gates,
-        0 if w_hr is None else w_hr.size(0),
-        num_layers,
-        bias,
-        batch_first,
-        dropout if training else 0.0,
-        bidirectional,
-        None,
-        lengths,
-        recompute,
-        mask,
-        options,
-    )
+        name, spec, input, hx, reset, weights, w_ih.size(1), hidden_size, proj_size, num_layers,
+        bias, batch_first, dropout if training else 0.0, bidirectional, None, lengths, recompute,
+        mask, options,
+    )  # fmt: skip
 
 
 def lstm(
@@ -208,6 +200,7 @@ def lstm(
     cell_clip: float | None = None,
     coupled: bool = False,
     peephole: bool = False,
+    num_heads: int = 1,
 ) -> tuple[Form, States]:
     if isinstance(hx, (tuple, list)) and len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
@@ -216,7 +209,7 @@ def lstm(
     return _layer(
         "LSTM", spec, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
         training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
-        return_last, False, recurrent_dropout, zoneout,
+        return_last, False, recurrent_dropout, zoneout, num_heads,
     )  # fmt: skip
 
 
@@ -243,12 +236,13 @@ def gru(
     activation: str = "tanh",
     gate_activation: str = "sigmoid",
     reset_after: bool = True,
+    num_heads: int = 1,
 ) -> tuple[Form, Tensor]:
     spec = chosen_cell("gru", gru_kind_of("gru", reset_after), activation, gate_activation)
     return _layer(
         "GRU", spec, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
         training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
-        return_last, False, recurrent_dropout, zoneout,
+        return_last, False, recurrent_dropout, zoneout, num_heads,
     )  # fmt: skip
 
 
@@ -435,14 +429,20 @@ _INSIDE = (
 _PAIR = "; a pair: of h and of c"
 _ONE_ACTIVATION = "\n        activation: one of :data:`rnnfast.ACTIVATIONS`"
 _TWO_ACTIVATIONS = "\n        activation, gate_activation: two of :data:`rnnfast.ACTIVATIONS`"
+_HEADS = (
+    "\n        num_heads: blocks of w_hh, (G*H, H/num_heads), as :class:`rnnfast.LSTM` has them"
+)
 _ACTIVATION = {
     "lstm": _TWO_ACTIVATIONS
     + """
         cell_clip: bound of c, or ``None``
         coupled: the input gate is 1 - f: gates f, g, o
         peephole: the gates see c; ``weights`` has p_i, p_f, p_o, one tensor ``(3H,)``, behind the
-            others of each layer and direction""",
-    "gru": _TWO_ACTIVATIONS + "\n        reset_after: as :class:`rnnfast.GRU` has it",
+            others of each layer and direction"""
+    + _HEADS,
+    "gru": _TWO_ACTIVATIONS
+    + "\n        reset_after: as :class:`rnnfast.GRU` has it"
+    + _HEADS,
     "rnn": _ONE_ACTIVATION,
     "indrnn": _ONE_ACTIVATION,
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from . import _heads
 from ._checks import check_bool
 from ._layer import no_proj_size
 from ._signatures import Device, OneStateCalls
@@ -64,6 +65,9 @@ class GRU(OneStateCalls):
             default parameters; attributes to be read, too
         reset_after: whether the reset gate comes after the product (``False``: Keras' argument of
             this name, ONNX' ``linear_before_reset=0``); an attribute to be read, too
+        num_heads: number of blocks :math:`n` on the diagonal of `W_hh`, which is zero elsewhere:
+            the state of a head of :math:`H/n` units enters the gates of that head alone (Beck et
+            al. 2024, arXiv:2405.04517); an attribute to be read, too
 
     Inputs: input, h_0, reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -85,7 +89,8 @@ class GRU(OneStateCalls):
 
     Attributes:
         weight_ih_l[k]: :math:`(3H, I)`, :math:`(3H, D \cdot H)` for k > 0; gates r, z, n
-        weight_hh_l[k]: :math:`(3H, H)`
+        weight_hh_l[k]: :math:`(3H, H)`, :math:`(3H, H/n)` with heads: row by row the block that its
+            unit belongs to
         bias_ih_l[k], bias_hh_l[k]: :math:`(3H)`
 
         With the suffix ``_reverse`` for the second direction.
@@ -103,6 +108,8 @@ class GRU(OneStateCalls):
         >>> output.shape
         torch.Size([5, 3, 20])
     """
+
+    num_heads: int = 1
 
     def __init__(
         self,
@@ -125,17 +132,22 @@ class GRU(OneStateCalls):
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
         reset_after: bool = True,
+        num_heads: int = 1,
         **kwargs: Any,
     ) -> None:
         no_proj_size(kwargs, "GRU")
+        _heads.check("GRU", num_heads, hidden_size)
         self._choose(kind_of("GRU", reset_after), activation, gate_activation)
         # for who reads them; what is called was chosen above
         self.activation, self.gate_activation = activation, gate_activation
         self.reset_after = reset_after
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, 0, device, dtype,
+            bidirectional, 0, "meta" if num_heads > 1 else device, dtype,
         )  # fmt: skip
+        if num_heads > 1:  # else the class says it
+            self.num_heads = num_heads
+            self._set_heads(num_heads, device)
         self._set_options(
             recompute, weight_dropout, input_dropout, False, return_last, recurrent_dropout, zoneout
         )

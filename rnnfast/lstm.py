@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _parameters
+from . import _heads, _parameters
 from ._checks import check_bool
 from ._signatures import Device, LSTMCalls
 
@@ -98,6 +98,9 @@ class LSTM(LSTMCalls):
             :math:`p_o \odot c_t` are added before their :math:`\sigma`
         cell_clip: bound of :math:`c_t`, which is clamped to [-cell_clip, cell_clip] before it goes
             into :math:`h_t` and on (Sak et al. 2014); ``None`` for none
+        num_heads: number of blocks :math:`n` on the diagonal of `W_hh`, which is zero elsewhere:
+            the state of a head of :math:`H/n` units enters the gates of that head alone (Beck et
+            al. 2024, arXiv:2405.04517). Not with ``proj_size``; an attribute to be read, too
 
     Inputs: input, (h_0, c_0), reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -121,7 +124,8 @@ class LSTM(LSTMCalls):
     Attributes:
         weight_ih_l[k]: :math:`(4H, I)`, :math:`(4H, D \cdot P)` for k > 0; gates i, f, g, o;
             with ``coupled`` 3 gates f, g, o, here and below
-        weight_hh_l[k]: :math:`(4H, P)`
+        weight_hh_l[k]: :math:`(4H, P)`, :math:`(4H, H/n)` with heads: row by row the block that its
+            unit belongs to
         bias_ih_l[k], bias_hh_l[k]: :math:`(4H)`
         weight_hr_l[k]: :math:`(P, H)`, with ``proj_size`` only
         weight_ph_l[k]: :math:`(3H)`, with ``peephole`` only: :math:`p_i, p_f, p_o`
@@ -146,6 +150,7 @@ class LSTM(LSTMCalls):
     forget_bias: float | None = None
     coupled: bool = False
     peephole: bool = False
+    num_heads: int = 1
 
     def __init__(
         self,
@@ -172,7 +177,9 @@ class LSTM(LSTMCalls):
         cell_clip: float | None = None,
         coupled: bool = False,
         peephole: bool = False,
+        num_heads: int = 1,
     ) -> None:
+        _heads.check("LSTM", num_heads, hidden_size, proj_size)
         _check_forget_bias(forget_bias, bias)
         kind = kind_of("LSTM", coupled, peephole)
         self._choose(kind, activation, gate_activation, cell_clip)
@@ -186,9 +193,12 @@ class LSTM(LSTMCalls):
         super().__init__(
             "GRU" if coupled else "LSTM",  # by which torch.nn knows how many gates there are
             input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, proj_size, device, dtype,
+            bidirectional, proj_size, "meta" if num_heads > 1 else device, dtype,
         )  # fmt: skip
         self.mode = "LSTM"
+        if num_heads > 1:  # else the class says it
+            self.num_heads = num_heads
+            self._set_heads(num_heads, device)
         if peephole:
             self._add_peepholes(device, dtype)
         self._set_options(
@@ -207,9 +217,9 @@ class LSTM(LSTMCalls):
         self._init_flat_weights()
 
     def _complete(self, weights: Sequence[Any]) -> Sequence[Any]:
-        if not self.peephole:
-            return weights
-        return _parameters.merge(weights, len(self._all_weights), self.bias)
+        if self.peephole:
+            weights = _parameters.merge(weights, len(self._all_weights), self.bias)
+        return super()._complete(weights)
 
     def reset_parameters(self) -> None:
         """Draw the initial weights anew."""

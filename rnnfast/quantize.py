@@ -263,6 +263,8 @@ def _why_not(module: nn.Module) -> str | None:
         if type(module) in LAYERS or spec_of(module).is_own:
             return f"there is no int8 form of {type(module).__name__}"
         return f"its class {type(module).__name__} is derived from a layer and may differ"
+    if spec_of(module).heads > 1:
+        return f"there is no int8 form of num_heads={spec_of(module).heads}"
     for name in module._flat_weights_names:  # type: ignore[union-attr]
         w = getattr(module, name)
         if not w.is_cpu or w.dtype not in DTYPES:

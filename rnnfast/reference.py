@@ -36,7 +36,7 @@ def cell_step(
         spec: the cell
         gx: input side ``w_ih x + b_ih``
         gh: hidden side ``w_hh h + b_hh``
-        state: ``(h,)`` or ``(h, c)``, each :math:`(N, H)`
+        state: ``(h,)``, ``(h, c)`` or ``(h, c, n, m)``, each :math:`(N, H)`
         p: the parameters of a cell that has some
         linked: of the GRU with the reset gate before the product, that product: ``gh`` is of its
             other gates only
@@ -91,12 +91,29 @@ def cell_step(
         r, z = gate(x_r + h_r), gate(x_z + h_z)
         n = act(x_n + linked(r * state[0]))
         return ((1 - z) * n + z * state[0],)
+    if spec.name.startswith("slstm"):
+        return _slstm_step(spec, gx + gh, state)
     if spec.name.startswith(("min_", "qrnn_")):
         return _scan_cell_step(spec, gx + gh, state)
     # Elman 1990; IndRNN (Li et al. 2018, arXiv:1803.04831) differs in gh only
     if spec.name.endswith("relu"):
         act = torch.relu
     return (act(gx + gh),)
+
+
+def _slstm_step(spec: CellSpec, gates: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Beck et al. 2024, arXiv:2405.04517, stabilised."""
+    _, c, n, m = state
+    log_i, f, g, o = gates.chunk(4, -1)
+    carried = m + (f if spec.name == "slstm_exp" else functional.logsigmoid(f))
+    # zeros carry nothing on, whatever their m: the input gate's scale is the one to take
+    of_input = (log_i >= carried) | ((c == 0) & (n == 0))
+    m = torch.where(of_input, log_i, carried)
+    i_scaled = torch.exp(log_i - m)
+    f_scaled = torch.exp((carried - m).clamp(max=80))  # above 0 only where it scales zeros
+    c = f_scaled * c + i_scaled * torch.tanh(g)
+    n = f_scaled * n + i_scaled
+    return torch.sigmoid(o) * c / n, c, n, m
 
 
 # torch's names where they differ; its hardsigmoid has a sixth of float32 precision in float64

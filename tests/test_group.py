@@ -313,7 +313,7 @@ def test_operators_refuse_what_does_not_fit() -> None:
         (good, False, "passes must hold 9 tensors or None for each of two directions, got 9"),
         ([], True, "passes must hold 9 tensors or None for each layer, got 0"),
         ([*good, *[None] * 9], False, "passes must hold w_ih and w_hh"),
-        ([*good, *other], False, "the second direction must have the hidden size of the first"),
+        ([*good, *other], False, "passes side by side must have the hidden size of the first"),
         ([*good, *half], False, ".*w_hr in one of them only"),
         ([*good, *good], True, "w_ih must have shape .* = .16, 4., got .16, 5."),
     ):

@@ -154,8 +154,11 @@ def test_signatures(library: Any, device: torch.device) -> None:
     options += ["weight_dropout", "input_dropout", "return_last", "activation"]
     options += ["recurrent_dropout", "zoneout"]
     own = {
-        "LSTM": ["proj_size", "forget_bias", "gate_activation", "cell_clip", "coupled", "peephole"],
-        "GRU": ["gate_activation", "reset_after"],
+        "LSTM": [
+            *("proj_size", "forget_bias", "gate_activation", "cell_clip", "coupled", "peephole"),
+            "num_heads",
+        ],
+        "GRU": ["gate_activation", "reset_after", "num_heads"],
         "RNN": ["nonlinearity"],
     }
     for kind in works.kinds(library):

@@ -46,11 +46,17 @@ assert_type((peepholes.peephole, rnnfast.LSTM(10, 20, coupled=True).coupled), tu
 before = rnnfast.GRU(10, 20, reset_after=False)
 assert_type(before.reset_after, bool)
 assert_type((chosen.activation, chosen.cell_clip), tuple[str, float | None])
+heads = rnnfast.GRU(10, 20, num_heads=4).num_heads + rnnfast.LSTM(10, 20, num_heads=4).num_heads
 names: tuple[str, ...] = rnnfast.ACTIVATIONS
 assert_type(rnnfast.RNN(10, 20, activation=names[3])(x), tuple[Tensor, Tensor])
 assert_type(rnnfast.MinGRU(10, 20, nonlinearity="identity")(packed), tuple[PackedSequence, Tensor])
 assert_type(rnnfast.SRU(10, 20, 2)(x)[1], tuple[Tensor, Tensor])
 assert_type(rnnfast.MinLSTM(10, 20, 2).step(x[0]), tuple[Tensor, Tensor])
+FourStates = tuple[Tensor, Tensor, Tensor, Tensor]
+slstm = rnnfast.SLSTM(10, 20, num_heads=4, forget="exp", return_last=True)
+assert_type(slstm(packed, (x, x, x, x)), tuple[PackedSequence, FourStates])
+assert_type(slstm.step(x[0]), tuple[Tensor, FourStates])
+assert_type((slstm.forget, slstm.num_heads), tuple[str, int])
 qrnn = rnnfast.QRNN(10, 20, kernel_size=3, pooling="ifo")(x, lengths=lengths)
 assert_type(rnnfast.LazyLSTM(20)(x), tuple[Tensor, States])
 assert_type(rnnfast.LazyGRU(20)(packed), tuple[PackedSequence, Tensor])
@@ -96,12 +102,14 @@ assert_type(
     rnnfast.functional.lstm(x, None, weights, zoneout=(0.5, 0.05), recurrent_dropout=0.3),
     tuple[Tensor, States],
 )
+assert_type(rnnfast.functional.gru(x, None, weights, num_heads=4), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.rnn_relu(x, None, weights), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.indrnn_tanh(x, None, weights), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.indrnn_relu(x, None, weights), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.linear_scan(x, x, x[0], reverse=True), Tensor)
 assert_type(rnnfast.functional.min_gru(x, None, weights, nonlinearity="g"), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.min_lstm(packed, x, weights), tuple[PackedSequence, Tensor])
+assert_type(rnnfast.functional.slstm(x, None, weights, num_heads=2), tuple[Tensor, FourStates])
 pooled = rnnfast.functional.qrnn(x, (x, x), weights, pooling="fo")
 assert_type(rnnfast.functional.lstm_cell(x, (x, x), x, x), States)
 assert_type(rnnfast.functional.gru_cell(x, x, x, x, x, x), Tensor)
@@ -154,6 +162,7 @@ rnnfast.GRU(10, 20, weight_dropout="0.5")  # type: ignore[arg-type]
 rnnfast.GRU(10, 20, zoneout=(0.1, 0.1))  # type: ignore[arg-type]
 lstm(x, x)  # type: ignore[arg-type]
 gru(x, (x, x))  # type: ignore[arg-type]
+slstm(x, (x, x))  # type: ignore[arg-type]
 print(lstm(x)[1].shape)  # type: ignore[attr-defined]
 rnnfast.Recurrent(3)  # type: ignore[arg-type]
 rnnfast.accelerate(3)  # type: ignore[type-var]

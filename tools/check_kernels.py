@@ -38,6 +38,8 @@ CELLS = {
     "lstm_zoneout": "Zoneout<LstmCellOf<ChosenActivations> >",
     "gru_zoneout": "Zoneout<GruCellOf<ChosenActivations> >",
     "rnn_zoneout": "Zoneout<RnnAnyCellOf<dense> >",
+    "slstm": "SlstmCellOf<SigmoidForget>",
+    "slstm_exp": "SlstmCellOf<ExponentialForget>",
 }
 # Cells of two halves, and their kernels.
 STAGED = ("gru_before",)

@@ -241,8 +241,8 @@ GateGradients cuda_gate_gradients_op(OptionalTensor dy, OptionalTensor dh_n, Opt
 }
 
 std::vector<Tensor> cuda_forward_group_op(Tensor x, Tensors passes, OptionalTensor batch_sizes,
-                                          int64_t cell, bool chained, bool save) {
-  auto calls = forward_calls(x, passes, batch_sizes, cell, chained, save, kNeverReuse);
+                                          int64_t cell, bool chained, bool save, int64_t heads) {
+  auto calls = forward_calls(x, passes, batch_sizes, cell, chained, heads, save, kNeverReuse);
   for (size_t i = 0; i < calls.size(); ++i) refuse_packed(passes[kOfForward * i + 8]);
   run_forward(calls, cell, chained);
   std::vector<Tensor> results;
@@ -251,8 +251,9 @@ std::vector<Tensor> cuda_forward_group_op(Tensor x, Tensors passes, OptionalTens
 }
 
 std::vector<Tensor> cuda_backward_group_op(Tensor x, Tensors passes, OptionalTensor batch_sizes,
-                                           int64_t cell, bool chained, std::vector<int64_t> needs) {
-  const BackwardGroup group(x, passes, batch_sizes, cell, chained, needs);
+                                           int64_t cell, bool chained, std::vector<int64_t> needs,
+                                           int64_t heads) {
+  const BackwardGroup group(x, passes, batch_sizes, cell, chained, heads, needs);
   auto calls = group.calls(kNeverReuse);
   run_backward(calls, cell, chained);
   std::vector<Tensor> results;

@@ -48,9 +48,10 @@ GateGradients cuda_gate_gradients_op(OptionalTensor dy, OptionalTensor dh_n, Opt
                                      OptionalTensor reset, Tensor y, Tensor saved, int64_t cell,
                                      bool reverse);
 std::vector<Tensor> cuda_forward_group_op(Tensor x, Tensors passes, OptionalTensor batch_sizes,
-                                          int64_t cell, bool chained, bool save);
+                                          int64_t cell, bool chained, bool save, int64_t heads);
 std::vector<Tensor> cuda_backward_group_op(Tensor x, Tensors passes, OptionalTensor batch_sizes,
-                                           int64_t cell, bool chained, std::vector<int64_t> needs);
+                                           int64_t cell, bool chained, std::vector<int64_t> needs,
+                                           int64_t heads);
 Tensor cuda_scan_op(Tensor a, Tensor b, OptionalTensor h0, bool reverse);
 std::tuple<Tensor, Tensor, Tensor> cuda_scan_backward_op(Tensor dh, Tensor a, Tensor h,
                                                          OptionalTensor h0, bool reverse,

@@ -15,7 +15,7 @@ void check_alike(const CheckedLayer& a, const CheckedLayer& b) {
   if (a.hidden_size == b.hidden_size && a.output_size == b.output_size &&
       a.projection == b.projection)
     return;
-  fail("the second direction must have the hidden size of the first, (H, P) = (" +
+  fail("passes side by side must have the hidden size of the first, (H, P) = (" +
        std::to_string(a.hidden_size) + ", " + std::to_string(a.output_size) + "), got (" +
        std::to_string(b.hidden_size) + ", " + std::to_string(b.output_size) + ")" +
        (a.projection == b.projection ? "" : ", and w_hr in one of them only"));
@@ -23,42 +23,51 @@ void check_alike(const CheckedLayer& a, const CheckedLayer& b) {
 
 }  // namespace
 
-int count_passes(const Tensors& passes, size_t each, bool chained) {
-  const size_t count = passes.size() / each;
-  if (count * each != passes.size() || count < 1 || (!chained && count != 2))
+int count_passes(const Tensors& passes, size_t each, bool chained, int64_t heads) {
+  const auto count = static_cast<int64_t>(passes.size() / each);
+  if (heads < 1 || (chained && heads != 1))
+    fail("heads must be at least 1, and 1 for layers, got " + std::to_string(heads));
+  // A single pass is no group.
+  const bool fits = chained || count == 2 * heads || (count == heads && heads > 1);
+  if (count * each != passes.size() || count < 1 || !fits)
     fail("passes must hold " + std::to_string(each) + " tensors or None for each " +
-         (chained ? "layer" : "of two directions") + ", got " + std::to_string(passes.size()));
+         (chained      ? "layer"
+          : heads == 1 ? "of two directions"
+                       : "of " + std::to_string(heads) + " heads of one direction or two") +
+         ", got " + std::to_string(passes.size()));
   return static_cast<int>(count);
 }
 
 std::vector<ForwardCall> forward_calls(const Tensor& x, const Tensors& passes,
                                        const OptionalTensor& batch_sizes, int64_t cell,
-                                       bool chained, bool save, int apart, bool only_last) {
-  const int count = count_passes(passes, kOfForward, chained);
+                                       bool chained, int64_t heads, bool save, int apart,
+                                       bool only_last) {
+  const int count = count_passes(passes, kOfForward, chained, heads);
   std::vector<ForwardCall> calls;
   calls.reserve(count);
   for (int i = 0; i < count; ++i) {
     const size_t first = kOfForward * i;
     calls.emplace_back(
         chained && i > 0 ? std::get<0>(calls[i - 1].result) : x, pass_of(passes, first),
-        batch_sizes, passes[first + 8].has_value(), cell, !chained && i == 1, save,
+        batch_sizes, passes[first + 8].has_value(), cell, !chained && i >= heads, save,
         chained && !save && i >= apart ? &std::get<0>(calls[i - apart].result) : nullptr, 0,
         only_last && (!chained || i + 1 == count));
   }
-  if (!chained) check_alike(calls[0].layer, calls[1].layer);
+  for (int i = 1; i < count && !chained; ++i) check_alike(calls[0].layer, calls[i].layer);
   return calls;
 }
 
 BackwardGroup::BackwardGroup(const Tensor& x, const Tensors& passes,
                              const OptionalTensor& batch_sizes, int64_t cell, bool chained,
-                             const std::vector<int64_t>& needs)
+                             int64_t heads, const std::vector<int64_t>& needs)
     : x_(x),
       passes_(passes),
       batch_sizes_(batch_sizes),
       cell_(cell),
       chained_(chained),
+      heads_(heads),
       needs_(needs),
-      count_(count_passes(passes, kOfBackward, chained)) {
+      count_(count_passes(passes, kOfBackward, chained, heads)) {
   if (needs.size() != static_cast<size_t>(count_))
     fail("needs must hold a mask for each of " + std::to_string(count_) + " passes, got " +
          std::to_string(needs.size()));
@@ -89,7 +98,7 @@ std::vector<BackwardCall> BackwardGroup::calls(int apart) const {
         incoming(order, order > 0 ? &std::get<0>(calls.back().result) : nullptr), cell_, reverse(i),
         chained_ && i > 0 && order >= apart ? &std::get<0>(calls[order - apart].result) : nullptr);
   }
-  if (!chained_) check_alike(calls[0].layer, calls[1].layer);
+  for (int i = 1; i < count_ && !chained_; ++i) check_alike(calls[0].layer, calls[i].layer);
   return calls;
 }
 

@@ -1,5 +1,6 @@
-// Several passes of one call, as the group operators are given them: the directions of a layer, or
-// (`chained`) layers, each over the results of the one before.
+// Several passes of one call, as the group operators are given them: the heads of the directions of
+// a layer, those of the first direction first, or (`chained`) layers, each over the results of the
+// one before.
 #pragma once
 
 #include <limits>
@@ -14,7 +15,7 @@ using Tensors = std::vector<OptionalTensor>;
 // needs.
 constexpr size_t kOfForward = 9, kOfBackward = 13;
 
-int count_passes(const Tensors& passes, size_t each, bool chained);
+int count_passes(const Tensors& passes, size_t each, bool chained, int64_t heads);
 
 // Layers that are further apart than this never run at the same time, so that one may write where
 // the other wrote what nobody reads any more.
@@ -23,18 +24,19 @@ constexpr int kNeverReuse = std::numeric_limits<int>::max();
 // Calls of forward, in the order of the passes. `only_last`: without the outputs of the last layer.
 std::vector<ForwardCall> forward_calls(const Tensor& x, const Tensors& passes,
                                        const OptionalTensor& batch_sizes, int64_t cell,
-                                       bool chained, bool save, int apart, bool only_last = false);
+                                       bool chained, int64_t heads, bool save, int apart,
+                                       bool only_last = false);
 
 // What backward is given, pass by pass, and the order in which it runs them: layers from the last
 // to the first.
 class BackwardGroup {
  public:
   BackwardGroup(const Tensor& x, const Tensors& passes, const OptionalTensor& batch_sizes,
-                int64_t cell, bool chained, const std::vector<int64_t>& needs);
+                int64_t cell, bool chained, int64_t heads, const std::vector<int64_t>& needs);
 
   int count() const { return count_; }
   int nth(int order) const { return chained_ ? count_ - 1 - order : order; }
-  bool reverse(int pass) const { return !chained_ && pass == 1; }
+  bool reverse(int pass) const { return !chained_ && pass >= heads_; }
   Tensor input_of(int pass) const { return chained_ && pass > 0 ? *more(pass - 1)[0] : x_; }
   Pass pass(int pass) const;
   // `dx`: that of the pass which ran just before.
@@ -50,6 +52,7 @@ class BackwardGroup {
   const OptionalTensor& batch_sizes_;
   int64_t cell_;
   bool chained_;
+  int64_t heads_;
   const std::vector<int64_t>& needs_;
   int count_;
 };

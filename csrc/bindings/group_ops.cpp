@@ -15,10 +15,10 @@ int layers_apart(const Threads& threads) { return std::max(1, threads.count) + 1
 // be read.
 std::vector<Tensor> run_group(const Tensor& x, const Tensors& passes,
                               const OptionalTensor& batch_sizes, int64_t cell, bool chained,
-                              bool save, bool only_last) {
+                              int64_t heads, bool save, bool only_last) {
   const Threads threads = torch_threads();
-  const auto calls =
-      forward_calls(x, passes, batch_sizes, cell, chained, save, layers_apart(threads), only_last);
+  const auto calls = forward_calls(x, passes, batch_sizes, cell, chained, heads, save,
+                                   layers_apart(threads), only_last);
   const int count = static_cast<int>(calls.size());
   const auto packed = [&](int i) -> const OptionalTensor& { return passes[kOfForward * i + 8]; };
   for (int i = 0; i < count; ++i) check_packed(packed(i));
@@ -39,22 +39,23 @@ std::vector<Tensor> run_group(const Tensor& x, const Tensors& passes,
 }
 
 std::vector<Tensor> forward_group(Tensor x, Tensors passes, OptionalTensor batch_sizes,
-                                  int64_t cell, bool chained, bool save) {
-  return run_group(x, passes, batch_sizes, cell, chained, save, false);
+                                  int64_t cell, bool chained, bool save, int64_t heads) {
+  return run_group(x, passes, batch_sizes, cell, chained, heads, save, false);
 }
 
 // Saves nothing; the outputs of the last layer are empty.
 std::vector<Tensor> forward_group_last(Tensor x, Tensors passes, OptionalTensor batch_sizes,
-                                       int64_t cell, bool chained) {
-  return run_group(x, passes, batch_sizes, cell, chained, false, true);
+                                       int64_t cell, bool chained, int64_t heads) {
+  return run_group(x, passes, batch_sizes, cell, chained, heads, false, true);
 }
 
 // Each pass ends with y, saved, dy, dh_n, dc_n; of chained ones only the last has a dy. Gives the
 // gradients of each pass as `backward` does; of chained ones only the first dx may be read.
 // needs[i] is the i-th's.
 std::vector<Tensor> backward_group(Tensor x, Tensors passes, OptionalTensor batch_sizes,
-                                   int64_t cell, bool chained, std::vector<int64_t> needs) {
-  const BackwardGroup group(x, passes, batch_sizes, cell, chained, needs);
+                                   int64_t cell, bool chained, std::vector<int64_t> needs,
+                                   int64_t heads) {
+  const BackwardGroup group(x, passes, batch_sizes, cell, chained, heads, needs);
   const int count = group.count();
   std::vector<BackwardResult> gradients;  // in the order in which they run
   if (is_half(x)) {
@@ -91,13 +92,13 @@ std::vector<Tensor> backward_group(Tensor x, Tensors passes, OptionalTensor batc
 STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def(
       "forward_group(Tensor x, Tensor?[] passes, Tensor? batch_sizes, int cell, bool chained, bool "
-      "save) -> Tensor[]");
+      "save, int heads=1) -> Tensor[]");
   m.def(
-      "forward_group_last(Tensor x, Tensor?[] passes, Tensor? batch_sizes, int cell, bool chained) "
-      "-> Tensor[]");
+      "forward_group_last(Tensor x, Tensor?[] passes, Tensor? batch_sizes, int cell, bool chained, "
+      "int heads=1) -> Tensor[]");
   m.def(
       "backward_group(Tensor x, Tensor?[] passes, Tensor? batch_sizes, int cell, bool chained, "
-      "int[] needs) -> Tensor[]");
+      "int[] needs, int heads=1) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {

@@ -17,6 +17,7 @@
 #include "peephole_lstm.h"
 #include "qrnn.h"
 #include "rnn.h"
+#include "slstm.h"
 #include "sru.h"
 #include "zoneout.h"
 
@@ -51,5 +52,7 @@
   use(20, gru_before, GruBeforeCell)           \
   use(21, lstm_zoneout, LstmZoneoutCell)       \
   use(22, gru_zoneout, GruZoneoutCell)         \
-  use(23, rnn_zoneout, RnnZoneoutCell)
+  use(23, rnn_zoneout, RnnZoneoutCell)         \
+  use(24, slstm, SlstmCell)                    \
+  use(25, slstm_exp, SlstmExpCell)
 // clang-format on

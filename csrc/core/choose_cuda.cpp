@@ -64,7 +64,7 @@ CudaChoice choose_cuda(const Group& group, const CudaDevice& device, const CudaW
   if (group.count == 1) return choice;
 
   if (!group.chained) {
-    choice.streams = group.count;
+    choice.streams = std::min(group.count, kMostStreams);
     return choice;
   }
   if (pass.seq_len == 1) return choice;  // the others would only wait

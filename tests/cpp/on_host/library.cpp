@@ -102,10 +102,10 @@ STABLE_TORCH_LIBRARY(rnnfast_on_host, m) {
       "Tensor, Tensor)");
   m.def(
       "forward_group(Tensor x, Tensor?[] passes, Tensor? batch_sizes, int cell, bool chained, bool "
-      "save) -> Tensor[]");
+      "save, int heads=1) -> Tensor[]");
   m.def(
       "backward_group(Tensor x, Tensor?[] passes, Tensor? batch_sizes, int cell, bool chained, "
-      "int[] needs) -> Tensor[]");
+      "int[] needs, int heads=1) -> Tensor[]");
   m.def("scan(Tensor a, Tensor b, Tensor? h0, bool reverse) -> Tensor");
   m.def(
       "scan_backward(Tensor dh, Tensor a, Tensor h, Tensor? h0, bool reverse, int needs) -> "
