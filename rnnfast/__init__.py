@@ -11,6 +11,7 @@ from ._onnx import onnx_translations
 from ._patched import patched
 from ._truncated import truncated
 from .accelerate import accelerate, restore
+from .batch_norm import BatchNormLSTM
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .cells import ACTIVATIONS
 from .engine import engines, last_run, use_engine
@@ -29,6 +30,7 @@ __all__ = [
     "QRNN",
     "RNN",
     "SRU",
+    "BatchNormLSTM",
     "Explanation",
     "GRUCell",
     "IndRNN",
