@@ -47,8 +47,8 @@ def forward_fake(
 def backward_fake(
     dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, x: Tensor, h0: Tensor, c0: Tensor,
     w_ih: Tensor, w_hh: Tensor, gain_ih: Tensor, gain_hh: Tensor, bias: Tensor | None,
-    gain_c: Tensor, bias_c: Tensor, batch_sizes: Tensor | None, y: Tensor, mean: Tensor, var: Tensor, saved: Tensor,
-    training: bool, eps: float, needs_dx: bool,
+    gain_c: Tensor, bias_c: Tensor, batch_sizes: Tensor | None, y: Tensor, mean: Tensor,
+    var: Tensor, saved: Tensor, training: bool, eps: float, needs_dx: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         x.new_empty(x.shape if needs_dx else (0,)),
@@ -71,9 +71,7 @@ def _reference_of(batch_sizes: Tensor | None, mean: Tensor, var: Tensor, ctx: An
     """The differentiable outputs of the call that used these statistics."""
 
     def run(*args: Any) -> Any:
-        return reference.batch_norm_lstm(
-            *args, mean, var, batch_sizes, training=ctx.training, eps=ctx.eps
-        )[:3]
+        return reference.batch_norm_lstm(*args, mean, var, batch_sizes, ctx.training, ctx.eps)[:3]
 
     return run
 

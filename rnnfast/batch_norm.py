@@ -261,6 +261,8 @@ class BatchNormLSTM(nn.Module):
                 f"{batch} (rnnfast: BatchNormLSTM; call eval() to use the running statistics)"
             )
         size = (self.num_layers * (1 + self.bidirectional), batch, self.hidden_size)
+        h0: Any
+        c0: Any
         if hx is None:
             h0 = c0 = x.new_zeros(size)
         else:
@@ -311,12 +313,12 @@ class BatchNormLSTM(nn.Module):
         names = ("weight_ih", "weight_hh", "gain_ih", "gain_hh", "bias", "gain_c", "bias_c")
         weights = [getattr(self, name + suffix, None) for name in names]
         mean, var = getattr(self, f"running_mean{suffix}"), getattr(self, f"running_var{suffix}")
-        y, h_n, c_n, *of_batch = _batch_norm.run(
+        y, h_n, c_n, of_mean, of_var = _batch_norm.run(
             x, h0, c0, *weights, mean, var, batch_sizes, self.training, self.eps
         )
         if self.training:
             rows = x.size(1) if batch_sizes is None else batch_sizes
-            self._follow(mean, var, *of_batch, rows)
+            self._follow(mean, var, of_mean, of_var, rows)
         return y, h_n, c_n
 
     @torch.no_grad()
