@@ -11,6 +11,7 @@ from ._onnx import onnx_translations
 from ._patched import patched
 from ._truncated import truncated
 from .accelerate import accelerate, restore
+from .batch_norm import BatchNormLSTM
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .cells import ACTIVATIONS
 from .check_cell import check_cell
@@ -32,6 +33,7 @@ __all__ = [
     "RNN",
     "SLSTM",
     "SRU",
+    "BatchNormLSTM",
     "Explanation",
     "GRUCell",
     "IndRNN",

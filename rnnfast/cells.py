@@ -247,4 +247,5 @@ def zoneout_cell(spec: CellSpec) -> CellSpec:
         activation=activation,
         gate_activation=spec.gate_activation,
         clip=spec.clip,
+        heads=spec.heads,
     )

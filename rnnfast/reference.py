@@ -8,6 +8,7 @@ transforms, forward-mode AD, derivatives above the first, other dtypes and devic
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from .cells import CellSpec, cell_spec
 
-__all__ = ["cell_step", "forward", "scan"]
+__all__ = ["batch_norm_lstm", "cell_step", "forward", "scan"]
 
 #: The steps of cells that rnnfast.load_cell made, by their codes, where they were given: of gx, gh
 #: (tensors of each gate), state and, of a cell with parameters, p.
@@ -364,3 +365,78 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reverse: bool = Fals
     if not steps:
         return torch.zeros_like(b)
     return torch.stack(steps[::-1] if reverse else steps)
+
+
+def batch_norm_lstm(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    gain_ih: Tensor,
+    gain_hh: Tensor,
+    bias: Tensor | None,
+    gain_c: Tensor,
+    bias_c: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batch_sizes: Tensor | None,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r"""``torch.ops.rnnfast.batch_norm_forward`` without what it saves: ``y``, ``h_n``, ``c_n``, and
+    the means and biased variances that each step was normalised by.
+
+    Args:
+        x, h0, c0, batch_sizes: as :func:`forward` takes them
+        w_ih, w_hh, gain_ih, gain_hh, bias, gain_c, bias_c: the parameters
+        running_mean, running_var: read by steps of one row, and by all outside of training
+        training: statistics of each step's rows
+        eps: added to variances
+
+    Shape:
+        - w_ih: :math:`(4H, I)`; w_hh: :math:`(4H, H)`; gain_ih, gain_hh, bias: :math:`(4H)`;
+          gain_c, bias_c: :math:`(H)`
+        - running_mean, running_var: :math:`(S, 9H)`; steps beyond :math:`S` share the last row
+        - means, variances: :math:`(T, 9H)`
+    """
+    if batch_sizes is None:
+        sizes = [x.size(1)] * x.size(0)
+        gx = (x @ w_ih.t()).flatten(0, 1)
+    else:
+        sizes = batch_sizes.tolist()
+        gx = x @ w_ih.t()
+    hidden = w_hh.size(1)
+    h, c = h0, c0[0]
+    y, ends, means, variances = [], [], [], []
+    for t, (gx_t, rows) in enumerate(zip(gx.split(sizes), sizes, strict=True)):
+        if rows < h.size(0):
+            ends.append((h[rows:], c[rows:]))
+            h, c = h[:rows], c[:rows]
+        own = training and rows > 1
+        at = min(t, running_mean.size(0) - 1)
+        running = zip(
+            running_mean[at].split((4 * hidden, 4 * hidden, hidden)),
+            running_var[at].split((4 * hidden, 4 * hidden, hidden)),
+            strict=True,
+        )
+        used = []
+
+        def normal(v: Tensor, own: bool = own, running: Any = running, used: Any = used) -> Tensor:
+            mean, var = next(running)
+            if own:
+                mean, var = v.mean(0), v.var(0, unbiased=False)
+            used.append((mean, var))
+            return (v - mean) / torch.sqrt(var + eps)
+
+        a = gain_ih * normal(gx_t) + gain_hh * normal(h @ w_hh.t())
+        i, f, g, o = (a if bias is None else a + bias).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * torch.tanh(gain_c * normal(c) + bias_c)
+        y.append(h)
+        means.append(torch.cat([mean for mean, _ in used]))
+        variances.append(torch.cat([var for _, var in used]))
+    ends.append((h, c))
+    h_n, c_n = (torch.cat(parts) for parts in zip(*ends[::-1], strict=True))
+    out = torch.cat(y) if batch_sizes is not None else torch.stack(y)
+    return out, h_n, c_n.unsqueeze(0), torch.stack(means), torch.stack(variances)

@@ -10,6 +10,11 @@
 
 namespace rnnfast {
 
+template <class scalar_t>
+struct BatchNormArgs;
+template <class scalar_t>
+struct BatchNormBackwardArgs;
+
 // What one instruction set's object offers for one cell and one format (formats.h). Scratch sizes
 // are in bytes.
 template <class tensor_t>
@@ -65,6 +70,15 @@ struct ScanKernels {
                    const Worker&);
 };
 
+// The LSTM with batch normalisation (core/batch_norm_args.h), an engine of its own.
+template <class scalar_t>
+struct BatchNormKernels {
+  int64_t (*forward_bytes)(const BatchNormArgs<scalar_t>&, int workers);
+  void (*forward)(const BatchNormArgs<scalar_t>&, char* memory, const Worker&);
+  int64_t (*backward_bytes)(const BatchNormBackwardArgs<scalar_t>&, int workers);
+  void (*backward)(const BatchNormBackwardArgs<scalar_t>&, char* memory, const Worker&);
+};
+
 enum class MathFunction : int { kExp = 0, kSigmoid = 1, kTanh = 2 };
 
 struct KernelTable {
@@ -82,6 +96,8 @@ struct KernelTable {
   ScanKernels<double> scan64;
   ScanKernels<BFloat16> scan_bfloat16;
   ScanKernels<Float16> scan_float16;
+  const BatchNormKernels<float>* batch_norm32;
+  const BatchNormKernels<double>* batch_norm64;
   DotProduct int8_product;  // where no instruction does it
   void (*widen)(int64_t count, bool brain, const uint16_t* in, float* out);
   void (*narrow)(int64_t count, bool brain, const float* in, uint16_t* out);
@@ -161,6 +177,12 @@ template <class scalar_t>
 void run_scan(const ScanArgs<scalar_t>& args, const Threads& threads);
 template <class scalar_t>
 void run_scan(const ScanBackwardArgs<scalar_t>& args, const Threads& threads);
+
+// Of at least one step and row.
+template <class scalar_t>
+void run_batch_norm(const BatchNormArgs<scalar_t>& args, const Threads& threads);
+template <class scalar_t>
+void run_batch_norm(const BatchNormBackwardArgs<scalar_t>& args, const Threads& threads);
 
 // Packed weights: a header that tells what they were made for, then panels.
 template <class scalar_t>

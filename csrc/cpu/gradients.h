@@ -237,13 +237,10 @@ class GradientPass {
   const Panels<scalar_t> inputs_, outputs_, units_;
 };
 
-// The whole backward of one worker.
-template <class Cell, class scalar_t>
-void run_backward(const BackwardArgs<scalar_t>& args, const Choice& choice,
-                  const BackwardScratch<scalar_t>& scratch, const Worker& worker) {
-  using Loop = std::conditional_t<kHasStages<Cell>, StagedBackward<Cell, scalar_t>,
-                                  BackwardPass<Cell, scalar_t>>;
-  Loop loop(args, choice, scratch, worker);
+// The whole backward of one worker, with the loop of its steps.
+template <class Cell, class scalar_t, class Loop>
+void run_loop(const BackwardArgs<scalar_t>& args, const BackwardScratch<scalar_t>& scratch,
+              const Worker& worker, Loop& loop) {
   GradientPass<Cell, scalar_t> gradients(args, scratch, loop, worker);
   gradients.start();
   loop.start();
@@ -270,6 +267,15 @@ void run_backward(const BackwardArgs<scalar_t>& args, const Choice& choice,
     t = down ? chunk.begin - 1 : chunk.end;
   }
   loop.finish();
+}
+
+template <class Cell, class scalar_t>
+void run_backward(const BackwardArgs<scalar_t>& args, const Choice& choice,
+                  const BackwardScratch<scalar_t>& scratch, const Worker& worker) {
+  using Loop = std::conditional_t<kHasStages<Cell>, StagedBackward<Cell, scalar_t>,
+                                  BackwardPass<Cell, scalar_t>>;
+  Loop loop(args, choice, scratch, worker);
+  run_loop<Cell>(args, scratch, worker, loop);
 }
 
 }  // namespace

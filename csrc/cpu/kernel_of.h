@@ -48,6 +48,13 @@ inline const ScanKernels<Float16>& scan_kernels(Isa isa, Float16) {
   return kernels(isa).scan_float16;
 }
 
+inline const BatchNormKernels<float>& batch_norm_kernels(Isa isa, float) {
+  return *kernels(isa).batch_norm32;
+}
+inline const BatchNormKernels<double>& batch_norm_kernels(Isa isa, double) {
+  return *kernels(isa).batch_norm64;
+}
+
 // The layout in which weights of a type are packed.
 template <class scalar_t>
 WeightFormat packed_format(Isa isa, int cell) {

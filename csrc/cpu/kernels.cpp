@@ -3,6 +3,7 @@
 // processors may compile them), and all that is no cell's. Nothing here may be called before
 // dispatch.cpp has asked the processor, and nothing may leave a weak symbol behind.
 #include "../cells/list.h"
+#include "batch_norm_kernels.h"
 #include "instances.h"
 #include "narrow_kernels.h"
 #include "sample_product.h"
@@ -95,6 +96,8 @@ const KernelTable& kernel_table() {
                                     kScan<double>,
                                     kScan<BFloat16>,
                                     kScan<Float16>,
+                                    &kBatchNorm32,
+                                    &kBatchNorm64,
                                     byte_product,
                                     widen_halves,
                                     narrow_halves,
