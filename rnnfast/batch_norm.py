@@ -266,8 +266,8 @@ class BatchNormLSTM(nn.Module):
         if hx is None:
             h0 = c0 = x.new_zeros(size)
         else:
-            h0, c0 = _hx.take(hx, True, batched, batch_sizes is not None)
-            h0, c0 = _hx.fit(h0, c0, batched, (size, size), weight, order)
+            states = _hx.take(hx, 2, batched, batch_sizes is not None)
+            h0, c0 = _hx.fit(states, batched, (size, size), weight, order)
         y, h_n, c_n = self._layers(x, h0, c0, batch_sizes)
 
         if back is not None:
