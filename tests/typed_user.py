@@ -95,6 +95,7 @@ assert_type(rnnfast.functional.indrnn_relu(x, None, weights), tuple[Tensor, Tens
 assert_type(rnnfast.functional.linear_scan(x, x, x[0], reverse=True), Tensor)
 assert_type(rnnfast.functional.min_gru(x, None, weights, nonlinearity="g"), tuple[Tensor, Tensor])
 assert_type(rnnfast.functional.min_lstm(packed, x, weights), tuple[PackedSequence, Tensor])
+assert_type(rnnfast.functional.sru(x, None, weights), tuple[Tensor, States])
 pooled = rnnfast.functional.qrnn(x, (x, x), weights, pooling="fo")
 assert_type(rnnfast.functional.lstm_cell(x, (x, x), x, x), States)
 assert_type(rnnfast.functional.gru_cell(x, x, x, x, x, x), Tensor)
