@@ -42,6 +42,7 @@ peepholes = rnnfast.LSTM(10, 20, peephole=True)
 assert_type((peepholes.peephole, rnnfast.LSTM(10, 20, coupled=True).coupled), tuple[bool, bool])
 before = rnnfast.GRU(10, 20, reset_after=False)
 assert_type(before.reset_after, bool)
+assert_type(rnnfast.IndRNN(10, 20, layer_norm=True).layer_norm, bool)
 assert_type((chosen.activation, chosen.cell_clip), tuple[str, float | None])
 names: tuple[str, ...] = rnnfast.ACTIVATIONS
 assert_type(rnnfast.RNN(10, 20, activation=names[3])(x), tuple[Tensor, Tensor])

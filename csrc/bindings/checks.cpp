@@ -255,7 +255,7 @@ void CheckedLayer::check_weights() {
   output_size = hidden_size;
   check_shape("w_ih", w_ih_, "(G*H, I)", {gate_rows, input_size});
   if (projection) {
-    if (cell.states != 2 || !cell.dense)
+    if (cell.states != 2 || !cell.dense || cell.stages)
       fail(std::string("w_hr is for lstm only, got cell ") + cell.name);
     check_same("w_hr", *w_hr_, dtype, place);
     if (w_hr_->dim() != 2) fail("w_hr must have shape (P, H), got " + shape_text(*w_hr_));
