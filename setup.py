@@ -21,6 +21,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
 
 
 def stop(sentence: str) -> None:
@@ -45,6 +46,12 @@ def find_tool(name: str) -> str:
     if not found:
         stop(f"{name} was not found; install it with `pip install {name}`")
     return str(found)
+
+
+def engine_sources() -> list[Path]:
+    """What rnnfast.load_cell compiles a user's cell with, in a checkout and in the package."""
+    headers = [*(p for part in ("cells", "core", "cpu") for p in (CSRC / part).glob("*.h"))]
+    return [*headers, CSRC / "cpu" / "own_cell.cpp"]
 
 
 def check_compiler() -> None:
@@ -97,12 +104,20 @@ class CMakeBuild(build_ext):
                 "the compiler's message is above"
             )
 
+        if not self.inplace:
+            for path in engine_sources():
+                to = out / "include" / path.relative_to(CSRC)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, to)
+
     def get_source_files(self) -> list[str]:
         return []
 
     def get_outputs(self) -> list[str]:
         folder = Path(self.build_lib) / "rnnfast"
-        return [str(path) for path in (folder / "_C.so", folder / "_C_cuda.so") if path.exists()]
+        made = [folder / "_C.so", folder / "_C_cuda.so"]
+        made += [folder / "include" / path.relative_to(CSRC) for path in engine_sources()]
+        return [str(path) for path in made if path.exists()]
 
 
 class StableWheel(bdist_wheel):

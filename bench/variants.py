@@ -40,6 +40,10 @@ VARIANTS: dict[str, tuple[Callable[[int], Any], Callable[[int], Any]]] = {
         lambda H: rnnfast.LSTM(H, H, peephole=True),
         lstm,
     ),
+    "LSTM(layer_norm=True)": (
+        lambda H: rnnfast.LSTM(H, H, layer_norm=True),
+        lstm,
+    ),
     "GRU(reset_after=False)": (
         lambda H: rnnfast.GRU(H, H, reset_after=False),
         lambda H: rnnfast.GRU(H, H),

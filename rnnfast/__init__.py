@@ -14,9 +14,11 @@ from .accelerate import accelerate, restore
 from .batch_norm import BatchNormLSTM
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .cells import ACTIVATIONS
+from .check_cell import check_cell
 from .engine import engines, last_run, use_engine
 from .explain import Explanation, explain
 from .lazy import LazyGRU, LazyIndRNN, LazyLSTM, LazyRNN
+from .load_cell import LoadedLayer, load_cell
 from .modules import GRU, LSTM, QRNN, RNN, SRU, IndRNN, MinGRU, MinLSTM
 from .quantize import QuantizedGRU, QuantizedIndRNN, QuantizedLSTM, QuantizedRNN, quantize
 from .recurrent import Recurrent
@@ -39,6 +41,7 @@ __all__ = [
     "LazyIndRNN",
     "LazyLSTM",
     "LazyRNN",
+    "LoadedLayer",
     "MinGRU",
     "MinLSTM",
     "QuantizedGRU",
@@ -49,10 +52,12 @@ __all__ = [
     "Recurrent",
     "__version__",
     "accelerate",
+    "check_cell",
     "engines",
     "explain",
     "functional",
     "last_run",
+    "load_cell",
     "onnx_translations",
     "patched",
     "quantize",

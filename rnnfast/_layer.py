@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import _regularize, _run, _step
+from . import _norm, _parameters, _regularize, _run, _step
 from ._checks import check_recompute
 from ._freeze import Frozen, why_not
 from ._step_plan import StepPlan
@@ -45,6 +45,7 @@ _TEXTS = {
     "peephole_lstm": ", peephole=True",
     "gru_before": ", reset_after=False",
 }
+_TEXTS |= {f"{kind}_norm": ", layer_norm=True" for kind in ("lstm", "gru", "rnn", "indrnn")}
 
 
 def text_of_cell(layer: nn.Module) -> str:
@@ -53,7 +54,7 @@ def text_of_cell(layer: nn.Module) -> str:
     if spec is None:
         return ""
     plain, text = CellSpec("", 0, 0, 0, 0), _TEXTS.get(spec.name, "")
-    if spec.activation != plain.activation:
+    if spec.activation != ("relu" if spec.name == "indrnn_norm" else plain.activation):
         text += f", activation={spec.activation}"
     if spec.gate_activation != plain.gate_activation and spec.gates > 1:
         text += f", gate_activation={spec.gate_activation}"
@@ -84,20 +85,27 @@ class Layer(nn.RNNBase):
     #: Whether the output is that of the last step only. May be set at any time.
     return_last: bool = False
     residual: bool = False
+    layer_norm: bool = False
 
     def _choose(self, kind: str, *options: Any) -> None:
         spec = chosen_cell(type(self).__name__.removeprefix("Lazy"), kind, *options)
         if spec.options:
             self._chosen_cell = spec
 
-    def _nonlinearity(self, kind: str, nonlinearity: str, activation: str | None) -> str:
+    def _nonlinearity(
+        self, kind: str, nonlinearity: str, activation: str | None, layer_norm: bool
+    ) -> str:
         """torch.nn's argument; an activation that torch.nn has not is chosen."""
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(
                 f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
             )
         self.activation = nonlinearity if activation is None else activation
+        name = type(self).__name__.removeprefix("Lazy")
+        kind = _norm.kind_of(name, kind, kind, layer_norm)
         if activation is None:
+            if layer_norm:
+                self._choose(kind, nonlinearity)
             return nonlinearity
         self._choose(kind, activation)
         return "tanh" if self._chosen_cell else activation
@@ -139,7 +147,16 @@ class Layer(nn.RNNBase):
 
     def _complete(self, weights: Sequence[Any]) -> Sequence[Any]:
         """The weights as a call takes them, w_ih, w_hh, b_ih, b_hh, of those that there are."""
-        return weights
+        spec = self._chosen_cell
+        if spec is None or not spec.parameters:
+            return weights
+        own = _parameters.tensors_of(spec)
+        return _parameters.merge(weights, len(self._all_weights), self.bias, own)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights anew."""
+        super().reset_parameters()
+        _norm.reset(self)
 
     def _current(self) -> tuple[Sequence[Any], Sequence[Tensor] | None]:
         """The weights of this call, and their packed form if the layer is frozen."""

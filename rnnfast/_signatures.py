@@ -3,7 +3,7 @@ there when code runs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._layer import Layer
 
-__all__ = ["Device", "Input", "LSTMCalls", "OneStateCalls", "States"]
+__all__ = ["AnyStateCalls", "Device", "Input", "LSTMCalls", "OneStateCalls", "States"]
 
 States = tuple[Tensor, Tensor]
 Device = torch.device | str | int | None
@@ -62,5 +62,26 @@ if TYPE_CHECKING:
             self, input: Tensor, state: Tensor | None = None, reset: Tensor | bool | None = None
         ) -> tuple[Tensor, Tensor]: ...
 
+    class AnyStateCalls(Layer):
+        def forward(
+            self,
+            input: Input,
+            hx: Any = None,
+            reset: Tensor | PackedSequence | None = None,
+            lengths: Tensor | None = None,
+            mask: Tensor | None = None,
+        ) -> tuple[Input, Any]: ...
+        def __call__(
+            self,
+            input: Input,
+            hx: Any = None,
+            reset: Tensor | PackedSequence | None = None,
+            lengths: Tensor | None = None,
+            mask: Tensor | None = None,
+        ) -> tuple[Input, Any]: ...
+        def step(
+            self, input: Tensor, state: Any = None, reset: Tensor | bool | None = None
+        ) -> tuple[Tensor, Any]: ...
+
 else:
-    LSTMCalls = OneStateCalls = Layer
+    LSTMCalls = OneStateCalls = AnyStateCalls = Layer

@@ -18,6 +18,10 @@ ACTIVATIONS = (
 )  # fmt: skip
 
 
+#: The low byte of the codes of cells that rnnfast.load_cell made.
+OWN_CELL = 0xFF
+
+
 @dataclass(frozen=True)
 class CellSpec:
     """What the Python side has to know of a cell.
@@ -37,6 +41,7 @@ class CellSpec:
             the bias in ``b_hh``, of shape ``((G+K)*H,)``
         options: whether a call may choose activations
         stages: whether a step is more than a product and a pointwise function
+        norms: whether the gates are normalised
         activation, gate_activation: those of the state and of the gates
         clip: bound of the LSTM's ``c``, 0 for none
     """
@@ -52,9 +57,15 @@ class CellSpec:
     parameters: int = 0
     options: bool = False
     stages: bool = False
+    norms: bool = False
     activation: str = "tanh"
     gate_activation: str = "sigmoid"
     clip: float = 0.0
+
+    @property
+    def is_own(self) -> bool:
+        """Whether rnnfast.load_cell made it."""
+        return self.id & 0xFF == OWN_CELL
 
     @property
     def has_hidden_side(self) -> bool:
@@ -86,9 +97,61 @@ CELLS: tuple[CellSpec, ...] = (
     CellSpec("sru", 18, gates=4, states=2, saved=4, parameters=2, dense=False),
     CellSpec("coupled_lstm", 19, gates=3, states=2, saved=3, options=True),
     CellSpec("gru_before", 20, gates=3, states=1, saved=3, options=True, stages=True),
+    CellSpec(
+        "lstm_norm",
+        21,
+        gates=4,
+        states=2,
+        saved=12,
+        parameters=10,
+        split_gates=True,
+        options=True,
+        stages=True,
+        norms=True,
+    ),
+    CellSpec(
+        "gru_norm",
+        22,
+        gates=3,
+        states=1,
+        saved=10,
+        parameters=6,
+        split_gates=True,
+        options=True,
+        stages=True,
+        norms=True,
+    ),
+    CellSpec(
+        "rnn_norm",
+        23,
+        gates=1,
+        states=1,
+        saved=3,
+        parameters=2,
+        split_gates=True,
+        options=True,
+        stages=True,
+        norms=True,
+    ),
+    CellSpec(
+        "indrnn_norm",
+        24,
+        gates=1,
+        states=1,
+        saved=2,
+        parameters=1,
+        diagonal=True,
+        dense=False,
+        split_gates=True,
+        options=True,
+        stages=True,
+        norms=True,
+    ),
 )
 
 _BY_NAME = {spec.name: spec for spec in CELLS}
+#: Those that load_cell added to this process, by their codes.
+own_cells: dict[int, CellSpec] = {}
 
 
 def cell_spec(cell: str | int | CellSpec) -> CellSpec:
@@ -107,6 +170,13 @@ def cell_spec(cell: str | int | CellSpec) -> CellSpec:
     if isinstance(cell, int):
         if 0 <= cell < len(CELLS):
             return CELLS[cell]
+        if cell in own_cells:
+            return own_cells[cell]
+        if cell > 0 and cell & 0xFF == OWN_CELL:
+            raise RuntimeError(
+                f"rnnfast: cell {cell} is one of rnnfast.load_cell that this process has not "
+                "loaded; call load_cell with its header first"
+            )
         if 0 <= cell & 0xFF < len(CELLS) and CELLS[cell & 0xFF].options:
             return _of_code(cell)
     elif cell in _BY_NAME:
@@ -152,8 +222,8 @@ def chosen_cell(
 
     Args:
         who: the layer's name, for errors
-        kind: ``lstm``, ``coupled_lstm``, ``peephole_lstm``, ``gru``, ``gru_before``, ``rnn`` or
-            ``indrnn``
+        kind: ``lstm``, ``coupled_lstm``, ``peephole_lstm``, ``gru``, ``gru_before``, ``rnn``,
+            ``indrnn``, or one of the usual ones with ``_norm``
         activation, gate_activation: names of :data:`ACTIVATIONS`
         cell_clip: bound of the LSTM's ``c``, or ``None``
 
@@ -167,7 +237,7 @@ def chosen_cell(
     """
     gate = _number(who, "gate_activation", gate_activation)
     code = _number(who, "activation", activation) << 16
-    if not kind.endswith("rnn"):
+    if not kind.startswith(("rnn", "indrnn")):
         code |= gate << 8
     if cell_clip is not None:
         is_number = isinstance(cell_clip, (int, float)) and not isinstance(cell_clip, bool)

@@ -11,10 +11,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _cuda, engine
 from ._checks import DTYPES, check_dense
-from ._layer import spec_of
+from ._layer import Layer, spec_of
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .cells import CellSpec, cell_spec
-from .modules import LAYERS
 from .quantize import Quantized
 
 __all__ = ["Explanation", "Row", "explain"]
@@ -143,6 +142,8 @@ def _cuda_row(
 ) -> Row:
     """The row of a layer on a CUDA device."""
     why = _cuda.why_not_on(device)
+    if spec.is_own:
+        why = "a cell of load_cell has kernels in the CPU engine only"
     if kept:
         why = f"{kept} is for the CPU engine"
     if why:
@@ -268,12 +269,12 @@ def _layer_rows(name: str, module: nn.Module, x: Any, seq_len: int, batch: int) 
     tensors = module.buffers if quantized else module.parameters
     weight = next(tensors(recurse=False), torch.empty(0))
     train = torch.is_grad_enabled() and weight.requires_grad
-    if not isinstance(module, (*LAYERS, Quantized, LSTMCell, GRUCell, RNNCell)):
+    if not isinstance(module, (Layer, Quantized, LSTMCell, GRUCell, RNNCell)):
         why = "a layer of torch.nn: rnnfast.accelerate(model) swaps it, or logs why not"
         return [Row(name, type(module).__name__, "torch.nn", "-", 0, "-", "-", why)]
     m: Any = module
     cells = {"LSTMCell": "lstm", "GRUCell": "gru"}
-    if isinstance(module, (*LAYERS, Quantized)):
+    if isinstance(module, (Layer, Quantized)):
         if isinstance(x, PackedSequence):
             seq_len, batch = x.batch_sizes.numel(), int(x.batch_sizes[0])
         elif x is not None and x.dim() == 3:

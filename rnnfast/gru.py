@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from . import _norm
 from ._checks import check_bool
 from ._layer import no_proj_size
 from ._signatures import Device, OneStateCalls
@@ -59,6 +60,9 @@ class GRU(OneStateCalls):
             default parameters; attributes to be read, too
         reset_after: whether the reset gate comes after the product (``False``: Keras' argument of
             this name, ONNX' ``linear_before_reset=0``); an attribute to be read, too
+        layer_norm: layer normalisation (Ba et al. 2016, arXiv:1607.06450) of :math:`W_{ih} x_t` and
+            of :math:`W_{hh} h_{t-1}`, of the gates r and z together over all units and of n by
+            itself; an attribute to be read, too. Not with ``reset_after=False``
 
     Inputs: input, h_0, reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -82,6 +86,8 @@ class GRU(OneStateCalls):
         weight_ih_l[k]: :math:`(3H, I)`, :math:`(3H, D \cdot H)` for k > 0; gates r, z, n
         weight_hh_l[k]: :math:`(3H, H)`
         bias_ih_l[k], bias_hh_l[k]: :math:`(3H)`
+
+        norm_ih_l[k], norm_hh_l[k]: gains :math:`(3H)`, with ``layer_norm`` only
 
         With the suffix ``_reverse`` for the second direction.
 
@@ -118,10 +124,15 @@ class GRU(OneStateCalls):
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
         reset_after: bool = True,
+        layer_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         no_proj_size(kwargs, "GRU")
-        self._choose(kind_of("GRU", reset_after), activation, gate_activation)
+        kind = _norm.kind_of(
+            "GRU", kind_of("GRU", reset_after), "gru", layer_norm,
+            **{"reset_after=False": not reset_after},
+        )  # fmt: skip
+        self._choose(kind, activation, gate_activation)
         # for who reads them; what is called was chosen above
         self.activation, self.gate_activation = activation, gate_activation
         self.reset_after = reset_after
@@ -129,4 +140,6 @@ class GRU(OneStateCalls):
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, 0, device, dtype,
         )  # fmt: skip
+        if layer_norm:
+            _norm.add(self, device, dtype)
         self._set_options(recompute, weight_dropout, input_dropout, False, return_last)

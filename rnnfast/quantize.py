@@ -254,7 +254,7 @@ def _why_not(module: nn.Module) -> str | None:
     if type(module) not in _QUANTIZED:
         if isinstance(module, nn.RNNCellBase):
             return "cells keep their weights; a layer that is given one step and its state has int8"
-        if type(module) in LAYERS:
+        if type(module) in LAYERS or spec_of(module).is_own:
             return f"there is no int8 form of {type(module).__name__}"
         return f"its class {type(module).__name__} is derived from a layer and may differ"
     for name in module._flat_weights_names:  # type: ignore[union-attr]

@@ -32,14 +32,20 @@ def check_pooling(pooling: Any) -> None:
         raise ValueError(f"rnnfast: pooling must be 'f', 'fo' or 'ifo', got {pooling!r}")
 
 
-def complete(weights: Sequence[Any], bias: bool) -> list[Any]:
-    """w_ih, w_hh, b_ih, b_hh of each pass, which has w_ih and b_ih only: the rest is empty."""
+def complete(weights: Sequence[Any], bias: bool, parameters: bool = False) -> list[Any]:
+    """w_ih, w_hh, b_ih, b_hh of each pass, which has w_ih, maybe b_ih, and maybe parameters of its
+    units: the rest is empty."""
     full: list[Any] = []
-    for k in range(0, len(weights), 2 if bias else 1):
-        nothing = weights[k].new_empty(0)
-        full += [weights[k], nothing]
-        if bias:
-            full += [weights[k + 1], nothing]
+    each = (2 if bias else 1) + parameters
+    for k in range(0, len(weights), each):
+        w_ih, *rest = weights[k : k + each]
+        nothing = w_ih.new_empty(0)
+        full += [w_ih, nothing]
+        if parameters:  # behind a bias of zeros
+            zeros = w_ih.new_zeros(w_ih.size(0))
+            full += [rest[0] if bias else zeros, torch.cat([zeros, rest[-1]])]
+        elif bias:
+            full += [rest[0], nothing]
     return full
 
 
@@ -65,7 +71,8 @@ def _layer(
     if not isinstance(weights, Iterable):
         raise TypeError(f"rnnfast: weights must be a list of tensors, got {type(weights).__name__}")
     weights = list(weights)
-    count, each = num_layers * (2 if bidirectional else 1), 2 if bias else 1
+    count, parameters = num_layers * (2 if bidirectional else 1), spec.parameters > 0
+    each = (2 if bias else 1) + parameters
     if len(weights) != count * each:
         raise RuntimeError(
             f"rnnfast: weights must hold {each} tensors for each of {count} layers and directions "
@@ -80,8 +87,8 @@ def _layer(
     if w_ih.dim() != 2:
         raise RuntimeError(f"rnnfast: w_ih must have shape (G*H, I), got {tuple(w_ih.shape)}")
     return _run.layer(
-        name, spec, input, hx, reset, complete(weights, bias), w_ih.size(1),
-        w_ih.size(0) // spec.gates, 0, num_layers, bias, batch_first,
+        name, spec, input, hx, reset, complete(weights, bias, parameters), w_ih.size(1),
+        w_ih.size(0) // spec.gates, 0, num_layers, bias or parameters, batch_first,
         dropout if training else 0.0, bidirectional, None, lengths, recompute,
     )  # fmt: skip
 

@@ -26,6 +26,14 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Cells are compiled in each run, and leave nothing in the user's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RNNFAST_CACHE", str(tmp_path_factory.mktemp("cells")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _clean_slate() -> Iterator[None]:
     threads = torch.get_num_threads()

@@ -24,7 +24,7 @@ def test_public_names() -> None:
     for name in (
         *("LSTM", "GRU", "RNN", "IndRNN", "LSTMCell", "GRUCell", "RNNCell", "functional"),
         *("accelerate", "restore", "explain", "use_engine", "last_run", "engines"),
-        *("patched", "truncated", "Recurrent"),
+        *("patched", "truncated", "Recurrent", "load_cell", "check_cell", "LoadedLayer"),
     ):
         assert hasattr(rnnfast, name), name
         assert name in rnnfast.__all__

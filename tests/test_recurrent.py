@@ -419,13 +419,18 @@ def test_step_of_a_layer() -> None:
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "own_cell.md"
 
 
-def test_the_document_runs() -> None:
-    """Its blocks of Python, one after the other, as a reader would."""
+def test_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks of Python, one after the other, as a reader would, and its headers as files."""
     text = DOCUMENT.read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) > 3
+    blocks = re.findall(r"^```(python|cpp)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert [kind for kind, _ in blocks].count("python") > 6
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "own_cell"}
     torch.manual_seed(0)
-    for block in blocks:
-        exec(compile(block, str(DOCUMENT), "exec"), names)
+    for kind, block in blocks:
+        if kind == "cpp":  # the first line names it
+            Path(re.findall(r"^// (\w+\.h):", block)[0]).write_text(block)
+        else:
+            exec(compile(block, str(DOCUMENT), "exec"), names)
     assert names["losses"][-1] < 0.5 * names["losses"][0]
+    assert max(names["errors"].values()) < 1e-5

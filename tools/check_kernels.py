@@ -35,9 +35,13 @@ CELLS = {
     "sru": "SruCell",
     "coupled_lstm": "CoupledLstmCell",
     "gru_before": "GruBeforeCell",
+    "lstm_norm": "LstmNormCell",
+    "gru_norm": "GruNormCell",
+    "rnn_norm": "RnnNormCell",
+    "indrnn_norm": "IndRnnNormCell",
 }
 # Cells of two halves, and their kernels.
-STAGED = ("gru_before",)
+STAGED = ("gru_before", "lstm_norm")
 HALVES = ("begin_forward", "finish_forward", "finish_backward", "begin_backward")
 DTYPES = ("float", "double", "Float16", "BFloat16")
 # What csrc/core/onchip_tiles.h lists, and the cells and dtypes that a tile serves.
@@ -103,7 +107,13 @@ def expected() -> set[str]:
     }
     wide = {"double": "double"}
     copies = {f"copy_rows<{wide.get(dtype, 'float')}, {dtype}>" for dtype in DTYPES}
-    return steps | rows | scans | copies | {"copy_offsets"} | onchip().keys()
+    norms = {f"norm_rows<{dtype}>" for dtype in DTYPES}
+    norms |= {
+        f"norm_backward_rows<{dtype}, {value}>"
+        for dtype in DTYPES
+        for value in (dtype, wide.get(dtype, "float"))
+    }
+    return norms | steps | rows | scans | copies | {"copy_offsets"} | onchip().keys()
 
 
 def plain(demangled: str) -> str:

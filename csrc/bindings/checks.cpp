@@ -85,6 +85,13 @@ const char* dtype_text(ScalarType dtype) {
 
 const CellInfo& checked_cell(int64_t cell) {
   const int id = id_of_code(cell);
+  if (is_own_cell(cell)) {
+    if (id < 0)
+      fail("cell " + std::to_string(cell) +
+           " is one of rnnfast.load_cell that is not loaded here: it runs in the CPU engine, of "
+           "processes that have loaded it");
+    return cell_info(id);
+  }
   if (id >= kNumCells || (cell & kUnusedBits))
     fail("cell must be an id in [0, " + std::to_string(kNumCells) + ") and its options, got " +
          std::to_string(cell));
@@ -248,7 +255,7 @@ void CheckedLayer::check_weights() {
   output_size = hidden_size;
   check_shape("w_ih", w_ih_, "(G*H, I)", {gate_rows, input_size});
   if (projection) {
-    if (cell.states != 2 || !cell.dense)
+    if (cell.states != 2 || !cell.dense || cell.stages)
       fail(std::string("w_hr is for lstm only, got cell ") + cell.name);
     check_same("w_hr", *w_hr_, dtype, place);
     if (w_hr_->dim() != 2) fail("w_hr must have shape (P, H), got " + shape_text(*w_hr_));

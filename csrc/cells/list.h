@@ -14,6 +14,7 @@
 #include "indrnn.h"
 #include "lstm.h"
 #include "min_lstm.h"
+#include "norm.h"
 #include "peephole_lstm.h"
 #include "qrnn.h"
 #include "rnn.h"
@@ -47,5 +48,9 @@
   use(17, peephole_lstm, PeepholeLstmCell)     \
   use(18, sru, SruCell)                        \
   use(19, coupled_lstm, CoupledLstmCell)       \
-  use(20, gru_before, GruBeforeCell)
+  use(20, gru_before, GruBeforeCell)           \
+  use(21, lstm_norm, LstmNormCell)             \
+  use(22, gru_norm, GruNormCell)               \
+  use(23, rnn_norm, RnnNormCell)               \
+  use(24, indrnn_norm, IndRnnNormCell)
 // clang-format on

@@ -1,6 +1,8 @@
 // A cell's numbers, for code that does not compile the cell: bindings, checks, choose_engine.
 #pragma once
 
+#include <cstdint>
+
 namespace rnnfast {
 
 struct CellInfo {
@@ -15,6 +17,13 @@ struct CellInfo {
 };
 
 extern const int kNumCells;
-const CellInfo& cell_info(int cell);  // cell must be in [0, kNumCells)
+// cell must be in [0, kNumCells), or what own_cell_id or add_own_cell gave.
+const CellInfo& cell_info(int cell);
+
+// Cells that the process was given besides (cpu/own_cell.h): they get ids from here on, in the
+// order in which they come, and keep them. A code (cell_code.h) names the same cell everywhere.
+constexpr int kFirstOwnCell = 128, kMostOwnCells = 127;
+int own_cell_id(int64_t code);                         // -1: there is none
+int add_own_cell(int64_t code, const CellInfo& info);  // or the one that there is; -1: no room
 
 }  // namespace rnnfast

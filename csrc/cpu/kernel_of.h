@@ -6,14 +6,17 @@
 #include "../core/cell_info.h"
 #include "dispatch.h"
 #include "dot.h"
+#include "own_cell.h"
 
 namespace rnnfast {
 
 inline const ForwardKernels<float>& forward_kernels(Isa isa, int cell, WeightFormat format, float) {
+  if (cell >= kFirstOwnCell) return own_kernels(isa, cell).forward32;
   return format == WeightFormat::kInt8 ? kernels(isa).int8[cell].forward
                                        : kernels(isa).float32[cell];
 }
 inline const ForwardKernels<double>& forward_kernels(Isa isa, int cell, WeightFormat, double) {
+  if (cell >= kFirstOwnCell) return own_kernels(isa, cell).forward64;
   return kernels(isa).float64[cell];
 }
 inline const ForwardKernels<BFloat16>& forward_kernels(Isa isa, int cell, WeightFormat format,
@@ -25,9 +28,11 @@ inline const ForwardKernels<Float16>& forward_kernels(Isa isa, int cell, WeightF
 }
 
 inline const BackwardKernels<float>& backward_kernels(Isa isa, int cell, float) {
+  if (cell >= kFirstOwnCell) return own_kernels(isa, cell).backward32;
   return kernels(isa).backward32[cell];
 }
 inline const BackwardKernels<double>& backward_kernels(Isa isa, int cell, double) {
+  if (cell >= kFirstOwnCell) return own_kernels(isa, cell).backward64;
   return kernels(isa).backward64[cell];
 }
 

@@ -1,0 +1,790 @@
+"""rnnfast.load_cell: a header becomes a layer, or a sentence; and rnnfast.check_cell.
+
+The example of docs/own_cell.md runs in test_recurrent.py."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import importlib
+import io
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import on_host
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.gradcheck import gradcheck, gradgradcheck
+from torch.func import grad, jvp, vmap
+from torch.nn.utils.rnn import pack_padded_sequence
+from works import row
+
+import rnnfast
+from rnnfast import _own_library, cells, engine
+
+load_cell: Any = importlib.import_module("rnnfast.load_cell")  # the name is the function's, too
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADERS = ROOT / "csrc" / "cells"
+f64 = torch.float64
+
+HEAD = """
+#pragma once
+#include "cell.h"
+namespace rnnfast::RNNFAST_TARGET {
+namespace {
+"""
+TAIL = """
+}  // namespace
+}  // namespace rnnfast::RNNFAST_TARGET
+"""
+MGU = re.findall(
+    r"```cpp\n(// mgu\.h.*?)```", (ROOT / "docs" / "own_cell.md").read_text("utf-8"), re.DOTALL
+)[0]
+
+# Two states, parameters of each unit, and functions of a file beside it.
+LEAKY = (
+    '#pragma once\n#include "decay.h"\n'
+    + HEAD
+    + """
+struct Leaky {
+  static constexpr int kGates = 2;  // g o
+  static constexpr int kStates = 2;
+  static constexpr int kSaved = 3;
+  static constexpr int kParameters = 2;  // the decay's pre-activation, and a peephole
+  static constexpr Recurrence kRecurrence = Recurrence::kDense;
+  static constexpr bool kSplitGates = false;
+  static constexpr bool kReadsH = false;
+
+  template <class V>
+  RNNFAST_HD static void forward(const V (&p)[2], const V (&gx)[2], const V (&gh)[2], V (&state)[2],
+                                 V (&saved)[3]) {
+    saved[0] = decay(p[0]);
+    saved[1] = tanh(gx[0] + gh[0]);
+    state[1] = saved[0] * state[1] + saved[1];
+    saved[2] = sigmoid(gx[1] + gh[1] + p[1] * state[1]);
+    state[0] = saved[2] * tanh(state[1]);
+  }
+
+  template <class V>
+  RNNFAST_HD static void backward(const V (&p)[2], V (&dp)[2], const V (&saved)[3],
+                                  const V (&prev)[2], const V (&next)[2], V (&dstate)[2],
+                                  V (&dgx)[2], V (&dgh)[2]) {
+    const V one = splat<V>(1.0);
+    const V a = saved[0], g = saved[1], o = saved[2], squashed = tanh(next[1]);
+    dgx[1] = dstate[0] * squashed * o * (one - o);
+    const V dc = dstate[1] + dstate[0] * o * (one - squashed * squashed) + dgx[1] * p[1];
+    dp[1] = dgx[1] * next[1];
+    dp[0] = dc * prev[1] * a * (one - a);
+    dgx[0] = dc * (one - g * g);
+    dgh[0] = dgx[0];
+    dgh[1] = dgx[1];
+    dstate[0] = V{};
+    dstate[1] = dc * a;
+  }
+};
+"""
+    + TAIL
+)
+DECAY = HEAD + "template <class V>\nRNNFAST_HD V decay(V x) { return sigmoid(x); }\n" + TAIL
+
+# Without a hidden side; and a diagonal one, in a namespace, of a struct of the library.
+SIMPLE = (
+    '#include "indrnn.h"\n'
+    + HEAD
+    + """
+struct Sum {
+  static constexpr int kGates = 1;
+  static constexpr int kStates = 1;
+  static constexpr int kSaved = 0;
+  static constexpr Recurrence kRecurrence = Recurrence::kNone;
+  static constexpr bool kSplitGates = false;
+  static constexpr bool kReadsH = true;
+
+  template <class V>
+  RNNFAST_HD static void forward(const V (&gx)[1], const V (&gh)[1], V (&state)[1], V (&)[1]) {
+    state[0] = state[0] * splat<V>(0.5) + gx[0] + gh[0];
+  }
+  template <class V>
+  RNNFAST_HD static void backward(const V (&)[1], const V (&)[1], const V (&)[1], V (&dstate)[1],
+                                  V (&dgx)[1], V (&dgh)[1]) {
+    dgx[0] = dgh[0] = dstate[0];
+    dstate[0] = dstate[0] * splat<V>(0.5);
+  }
+};
+namespace mine {
+using Unit = IndRnnTanhCell;
+}
+"""
+    + TAIL
+)
+
+
+def mgu_step(gx: Any, gh: Any, state: Any) -> Any:
+    f = torch.sigmoid(gx[0] + gh[0])
+    n = torch.tanh(gx[1] + f * gh[1])
+    return (1 - f) * state[0] + f * n
+
+
+def leaky_step(gx: Any, gh: Any, state: Any, p: Any) -> Any:
+    c = torch.sigmoid(p[0]) * state[1] + torch.tanh(gx[0] + gh[0])
+    return torch.sigmoid(gx[1] + gh[1] + p[1] * c) * torch.tanh(c), c
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with a space in its name, and headers."""
+    folder = tmp_path_factory.mktemp("of mine")
+    for name, text in (
+        ("mgu.h", MGU),
+        ("leaky.h", LEAKY),
+        ("decay.h", DECAY),
+        ("simple.h", SIMPLE),
+    ):
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> dict[str, type[rnnfast.LoadedLayer]]:
+    """A cell of each kind of recurrence, with references."""
+    return {
+        "Mgu": rnnfast.load_cell(folder / "mgu.h", reference=mgu_step),
+        "Leaky": rnnfast.load_cell(folder / "leaky.h", reference=leaky_step),
+        "Sum": rnnfast.load_cell(
+            folder / "simple.h",
+            reference=lambda gx, gh, state: (0.5 * state[0] + gx[0] + gh[0],),
+        ),
+        "Unit": rnnfast.load_cell(
+            folder / "simple.h",
+            struct="mine::Unit",
+            reference=lambda gx, gh, state: torch.tanh(gx[0] + gh[0]),
+        ),
+    }
+
+
+KINDS = ("Mgu", "Leaky", "Sum", "Unit")
+each = pytest.mark.parametrize("kind", KINDS)
+IN, H, T, B = 4, 21, 6, 3
+LENGTHS = torch.tensor([2, 6, 4])
+
+
+def close(got: Any, want: Any) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def leaves(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    return [t for part in out if part is not None for t in leaves(part)]
+
+
+def both(layer: Any, *args: Any, **options: Any) -> None:
+    """Outputs, states and gradients of the engine are those of the reference."""
+    results = []
+    for name in ("cpu", "reference"):
+        with rnnfast.use_engine(name):
+            out = [t for t in leaves(layer(*args, **options)) if t.is_floating_point()]
+            assert rnnfast.last_run()["engine"] == name
+            torch.manual_seed(5)
+            total = sum(((torch.randn_like(t) * t).sum() for t in out), torch.zeros((), dtype=f64))
+            inputs = [t for t in leaves(args) if t.requires_grad]
+            grads = torch.autograd.grad(total, [*layer.parameters(), *inputs])
+        results.append([*out, *grads])
+    close(*results)
+
+
+def states(layer: Any, directions: int) -> Any:
+    shape = (layer.num_layers * directions, B, H)
+    made = [torch.randn(shape, dtype=f64, requires_grad=True) for _ in range(layer.spec.states)]
+    return made[0] if layer.spec.states == 1 else tuple(made)
+
+
+# --------------------------------------------------------------------------- what is computed
+
+
+@each
+@pytest.mark.parametrize("two", [False, True], ids=["one", "two"])
+def test_in_every_form(loaded: Any, kind: str, two: bool) -> None:
+    torch.manual_seed(1)
+    layer = loaded[kind](IN, H, 2, bidirectional=two, dtype=f64)
+    x = torch.randn(T, B, IN, dtype=f64, requires_grad=True)
+    hx = states(layer, 1 + two)
+    reset = torch.rand(T, B) < 0.3
+    both(layer, x)
+    both(layer, x, hx)
+    both(layer, x, hx, reset)
+    both(layer, x, hx, lengths=LENGTHS)
+    both(layer, x, mask=torch.rand(T, B) < 0.7)
+    both(layer, x[:, 0])
+    both(layer, pack_padded_sequence(x, LENGTHS, enforce_sorted=False), hx)
+    layer.recompute = True
+    both(layer, x, hx, reset)
+    layer.recompute, layer.return_last = False, True
+    both(layer, x, hx)
+    layer.return_last, layer.residual = False, True
+    both(layer, x, hx)
+
+
+@each
+def test_gradients_by_differences(loaded: Any, kind: str) -> None:
+    torch.manual_seed(2)
+    layer = loaded[kind](3, 5, dtype=f64)
+    x = torch.randn(4, 2, 3, dtype=f64, requires_grad=True)
+    names, weights = zip(*layer.named_parameters())
+
+    def call(x: Tensor, *weights: Tensor) -> Any:
+        out = torch.func.functional_call(layer, dict(zip(names, weights)), (x,))
+        return tuple(leaves(out))
+
+    assert gradcheck(call, (x, *weights))
+    assert gradgradcheck(call, (x, *weights))
+
+
+def test_it_is_the_librarys_own_cell() -> None:
+    """The library's header, compiled anew, gives the bits of the layer that was built with it."""
+    own = rnnfast.load_cell(HEADERS / "gru.h", struct="GruCell")
+    for dtype in (torch.float32, f64):
+        torch.manual_seed(3)
+        theirs = rnnfast.GRU(7, 40, 2, bidirectional=True, dtype=dtype)
+        mine = own(7, 40, 2, bidirectional=True, dtype=dtype)
+        mine.load_state_dict(theirs.state_dict())
+        x = torch.randn(9, 5, 7, dtype=dtype, requires_grad=True)
+        results = []
+        for layer in (mine, theirs):
+            y, h_n = layer(x)
+            grads = torch.autograd.grad(y.sum() + h_n.sum(), [x, *layer.parameters()])
+            results.append([y, h_n, *grads])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@each
+def test_types(loaded: Any, kind: str) -> None:
+    torch.manual_seed(4)
+    layer = loaded[kind](IN, H, dtype=f64)
+    x = torch.randn(T, B, IN, dtype=f64)
+    want = layer(x)[0]
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 8e-2)):
+        other = copy.deepcopy(layer).to(dtype)
+        got = other(x.to(dtype))[0]
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
+        got.sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in other.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.float()(x.float())[0].dtype == torch.bfloat16
+
+
+@each
+@pytest.mark.parametrize("split", ["batch", "units"])
+def test_threads(loaded: Any, kind: str, split: str) -> None:
+    torch.manual_seed(5)
+    layer = loaded[kind](IN, 70, 2, dtype=f64)
+    x = torch.randn(12, 6, IN, dtype=f64)
+    want = layer(x)[0]
+    torch.set_num_threads(2)
+    with rnnfast.use_engine("cpu", split=split):
+        close(layer(x)[0], want)
+    results: list[Tensor] = []
+    workers = [threading.Thread(target=lambda: results.append(layer(x)[0])) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 4
+    close(results, [want] * 4)
+
+
+@each
+def test_streams_and_frozen_weights(loaded: Any, kind: str) -> None:
+    layer = loaded[kind](IN, H, 2, dtype=f64).eval()
+    x = torch.randn(T, B, IN, dtype=f64)
+    want, last = layer(x)
+    for frozen in (False, True):
+        if frozen:
+            layer.freeze()
+        state = None
+        with torch.inference_mode():
+            for t in range(T):
+                y, state = layer.step(x[t], state)
+                close(y, want[t])
+            close(layer(x)[0], want)
+        close(leaves([state]), leaves([last]))
+
+
+@each
+def test_without_a_module(loaded: Any, kind: str) -> None:
+    kind_of = loaded[kind]
+    layer, x = kind_of(IN, H, 2, dtype=f64), torch.randn(T, B, IN, dtype=f64)
+    weights = [p.detach() for p in layer.parameters()]
+    close(leaves(kind_of.functional(x, None, weights, num_layers=2)), leaves(layer(x)))
+    with pytest.raises(RuntimeError, match="weights must hold"):
+        kind_of.functional(x, None, weights)
+
+
+@each
+def test_transforms(loaded: Any, kind: str) -> None:
+    layer, x = loaded[kind](IN, H, dtype=f64), torch.randn(T, B, IN, dtype=f64)
+    close(vmap(lambda v: layer(v.unsqueeze(1))[0].squeeze(1), 1, 1)(x), layer(x)[0])
+    loss = lambda v: layer(v)[0].pow(2).sum()  # noqa: E731
+    leaf = x.clone().requires_grad_()
+    want = torch.autograd.grad(loss(leaf), leaf)[0]
+    close(grad(loss)(x), want)
+    tangent = torch.randn_like(x)
+    close(jvp(loss, (x,), (tangent,))[1], (want * tangent).sum())
+
+
+# --------------------------------------------------------------------------- as a module
+
+
+def test_parameters(loaded: Any) -> None:
+    def shapes(layer: Any) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in layer.named_parameters()}
+
+    assert shapes(loaded["Leaky"](5, 7)) == {
+        "weight_ih_l0": (14, 5), "weight_hh_l0": (14, 7), "bias_ih_l0": (14,), "bias_hh_l0": (14,),
+        "weight_p_l0": (14,),
+    }  # fmt: skip
+    assert shapes(loaded["Unit"](5, 7, bias=False)) == {
+        "weight_ih_l0": (7, 5), "weight_hh_l0": (7,)
+    }  # fmt: skip
+    assert shapes(loaded["Sum"](5, 7)) == {"weight_ih_l0": (7, 5), "bias_ih_l0": (7,)}
+    both(loaded["Leaky"](5, 7, 2, bias=False, dtype=f64), torch.randn(2, 3, 5, dtype=f64))
+    with pytest.raises(RuntimeError, match="weight_dropout is for layers with a w_hh"):
+        loaded["Sum"](5, 7, weight_dropout=0.5)(torch.randn(2, 3, 5))
+    with pytest.raises(TypeError, match="load_cell makes classes of it"):
+        rnnfast.LoadedLayer(5, 7)
+    torch.manual_seed(0)
+    dropped = loaded["Mgu"](5, 7, weight_dropout=0.5, input_dropout=0.2)
+    x = torch.randn(2, 3, 5)
+    assert not torch.equal(dropped(x)[0], dropped(x)[0])
+    assert torch.equal(dropped.eval()(x)[0], dropped(x)[0])
+
+
+def test_copies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rnnfast.load_cell(folder / "mgu.h")
+    assert found is rnnfast.load_cell(folder / "mgu.h") and found.__module__ == __name__
+    assert found.spec.name == "Mgu" and found.header == (folder / "mgu.h").resolve()
+    layer, x = found(IN, H), torch.randn(T, B, IN)
+    monkeypatch.setitem(globals(), "Mgu", found)  # as `Mgu = load_cell(...)` of a module does
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(file, weights_only=False),
+    ):
+        assert type(other) is found
+        assert torch.equal(other(x)[0], layer(x)[0])
+
+
+def test_the_same_header_elsewhere(folder: Path, tmp_path: Path) -> None:
+    """It is the text that makes the cell."""
+    shutil.copy(folder / "mgu.h", tmp_path / "other.h")
+    one, two = rnnfast.load_cell(folder / "mgu.h"), rnnfast.load_cell(tmp_path / "other.h")
+    assert one.spec.id == two.spec.id and cells.cell_spec(one.spec.id) is one.spec
+    assert one.spec.id & 0xFF == 0xFF and one.spec.id > 0
+
+
+def test_what_the_others_say(loaded: Any, caplog: pytest.LogCaptureFixture) -> None:
+    layer, x = loaded["Mgu"](IN, H), torch.randn(T, B, IN)
+    row = rnnfast.explain(layer, x).rows[0]
+    assert row.shape.startswith("Mgu T=6 B=3") and row.engine == "cpu"
+    assert isinstance(rnnfast.accelerate(torch.nn.ModuleList([layer]))[0], loaded["Mgu"])
+    with caplog.at_level("INFO"):
+        assert isinstance(rnnfast.quantize(torch.nn.ModuleList([layer.eval()]))[0], loaded["Mgu"])
+    assert "there is no int8 form of Mgu" in caplog.text
+    y, _ = next(iter(rnnfast.truncated(layer, x, steps=2)))
+    assert y.shape == (2, B, H)
+
+
+def test_other_engines_do_not_have_it(loaded: Any) -> None:
+    weights = [w.detach() for w in loaded["Mgu"](IN, H).parameters()]
+    forward = on_host.operators().forward
+    with pytest.raises(RuntimeError, match="is not loaded here: it runs in the CPU engine"):
+        forward(
+            torch.randn(T, B, IN), None, None, *weights, None, None, None, None,
+            loaded["Mgu"].spec.id, False, False,
+        )  # fmt: skip
+
+
+def test_no_reference(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "alone.h").write_text(MGU.replace("Mgu", "Alone"))
+    found = rnnfast.load_cell(tmp_path / "alone.h")
+    layer, x = found(IN, H, dtype=f64), torch.randn(T, B, IN, dtype=f64, requires_grad=True)
+    sentence = "cell Alone has no reference: higher derivatives.*load_cell.path, reference=step"
+    (dx,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=sentence):
+        dx.sum().backward()
+    with pytest.raises(RuntimeError, match=sentence), rnnfast.use_engine("reference"):
+        layer(x)
+    with pytest.raises(RuntimeError, match=sentence):
+        jvp(lambda v: layer(v)[0], (x,), (x,))
+    assert max(rnnfast.check_cell(found).values()) < 1e-5  # by differences
+    rnnfast.load_cell(tmp_path / "alone.h", reference=lambda gx, gh, state: (state[0], gx[0]))
+    with pytest.raises(RuntimeError, match="reference of Alone must return its 1 states, got 2"):
+        rnnfast.check_cell(found)
+    rnnfast.load_cell(tmp_path / "alone.h", reference=lambda gx, gh, state: gx[0].sum())
+    with pytest.raises(RuntimeError, match=r"state 0 .* must have shape \(B, H\) = \(1, 43\)"):
+        rnnfast.check_cell(found)
+    with pytest.raises(TypeError, match="reference of load_cell must be a function"):
+        rnnfast.load_cell(tmp_path / "alone.h", reference=3)  # type: ignore[arg-type]
+
+
+class Behind(torch.nn.Module):
+    """The cell of mgu.h in Python."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.x = torch.nn.Linear(inputs, 2 * H, dtype=f64)
+        self.h = torch.nn.Linear(H, 2 * H, dtype=f64)
+
+    def initial_state(self, x: Tensor) -> Tensor:
+        return x.new_zeros(x.size(0), H)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = mgu_step(self.x(x).chunk(2, -1), self.h(h).chunk(2, -1), (h,))
+        return h, h
+
+
+@row(
+    "Cells of your own",
+    "`load_cell`: a cell tried out with `Recurrent`, then compiled from a header; the numbers of "
+    "both are the same, in stacks, two directions, with masks, resets, packed",
+    torch_nn="has none",
+    error="AttributeError: .*has no attribute 'load_cell'",
+    cuda=False,
+)
+def test_from_python_to_a_header(library: Any, device: torch.device) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "mgu.h")
+        path.write_text(MGU)
+        layer = library.load_cell(path)(IN, H, 2, bidirectional=True, dtype=f64)
+    tried = library.Recurrent(
+        lambda k, direction: Behind(IN if k == 0 else 2 * H), num_layers=2, bidirectional=True
+    )
+    weights = [w for cell in tried.cells for w in (*cell.x.parameters(), *cell.h.parameters())]
+    with torch.no_grad():
+        for k in range(0, len(weights), 4):
+            for i, j in enumerate((0, 2, 1, 3)):  # w_ih, w_hh, b_ih, b_hh
+                layer.get_parameter(layer._flat_weights_names[k + i]).copy_(weights[k + j])
+    x, h0 = torch.randn(T, B, IN, dtype=f64), torch.randn(4, B, H, dtype=f64)
+    options: list[dict[str, Any]] = [
+        {},
+        {"reset": torch.rand(T, B) < 0.3},
+        {"lengths": LENGTHS},
+        {"mask": torch.rand(T, B) < 0.7},
+    ]
+    for given in options:
+        close(layer(x, h0, **given), tried(x, h0, **given))
+    packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
+    close(layer(packed, h0)[0].data, tried(packed, h0)[0].data)
+
+
+# --------------------------------------------------------------------------- check_cell
+
+
+@each
+def test_good_cells_pass(loaded: Any, kind: str) -> None:
+    errors = rnnfast.check_cell(loaded[kind])
+    assert max(errors.values()) < 1e-4
+    assert {"state[0]", "dgx[0]", "dstate[0]", "dw_ih of a layer of float32"} <= errors.keys()
+    assert ("dp[1]" in errors) == (kind == "Leaky") and ("dgh[0]" in errors) == (kind != "Sum")
+
+
+def test_bad_cells_are_told_where(tmp_path: Path) -> None:
+    wrong = MGU.replace("dgh[1] = dgx[1] * f", "dgh[1] = dgx[1]").replace("Mgu", "Wrong")
+    wrong = wrong.replace("dstate[0] = dh * (one - f)", "dstate[0] = dh * f")
+    (tmp_path / "wrong.h").write_text(wrong)
+    found = rnnfast.load_cell(tmp_path / "wrong.h")
+    for known in (False, True):
+        if known:
+            rnnfast.load_cell(tmp_path / "wrong.h", reference=mgu_step)
+        with pytest.raises(RuntimeError, match="rnnfast: Wrong is not what") as raised:
+            rnnfast.check_cell(found)
+        lines = str(raised.value).splitlines()
+        assert [line.split(":")[0].strip() for line in lines[1:]] == ["dgh[1]", "dstate[0]"]
+    rnnfast.load_cell(
+        tmp_path / "wrong.h", reference=lambda gx, gh, state: mgu_step(gx, gh, state) * 2
+    )
+    with pytest.raises(RuntimeError, match=r"state\[0\]: forward gives"):
+        rnnfast.check_cell(found)
+    for other in (rnnfast.GRU, rnnfast.LoadedLayer, 3):
+        with pytest.raises(TypeError, match="check_cell needs what load_cell returned"):
+            rnnfast.check_cell(other)  # type: ignore[arg-type]
+
+
+def test_a_missing_split_is_told(tmp_path: Path) -> None:
+    text = MGU.replace("kSplitGates = true", "kSplitGates = false").replace("Mgu", "Unsplit")
+    (tmp_path / "unsplit.h").write_text(text)
+    with pytest.raises(RuntimeError, match="kSplitGates is false, so that dgx stands for dgh"):
+        rnnfast.check_cell(rnnfast.load_cell(tmp_path / "unsplit.h", reference=mgu_step))
+
+
+# --------------------------------------------------------------------------- graphs
+
+
+def test_compiled(loaded: Any) -> None:
+    for options in ({}, {"num_layers": 2, "bidirectional": True}):
+        layer = loaded["Mgu"](IN, H, dtype=f64, **options)
+        x = torch.randn(T, B, IN, dtype=f64, requires_grad=True)
+        results = []
+        for call in (layer, torch.compile(layer, fullgraph=True)):
+            y, h_n = call(x)
+            results.append([y, h_n, *torch.autograd.grad(y.pow(2).sum(), [x, *layer.parameters()])])
+        close(*results)
+
+
+RUN_EXPORTED = """
+import sys
+import torch
+import rnnfast
+
+program, header, load = sys.argv[1:]
+if load == "yes":
+    rnnfast.load_cell(header)
+print(torch.export.load(program).module()(torch.ones(6, 3, 4))[0].sum().item())
+"""
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+
+
+def test_exported(loaded: Any, folder: Path, tmp_path: Path) -> None:
+    """A program carries the cell's name, not its code."""
+    layer = loaded["Mgu"](IN, H).eval()
+    program = torch.export.export(layer, (torch.ones(T, B, IN),))
+    torch.export.save(program, tmp_path / "program.pt2")
+    arguments = ("-c", RUN_EXPORTED, str(tmp_path / "program.pt2"), str(folder / "mgu.h"))
+    done = run(*arguments, "yes")
+    assert done.returncode == 0, done.stderr
+    want = layer(torch.ones(T, B, IN))[0].sum().item()
+    assert float(done.stdout) == pytest.approx(want, rel=1e-4)
+    done = run(*arguments, "no")
+    assert done.returncode != 0
+    assert "is one of rnnfast.load_cell that" in done.stderr
+
+
+# --------------------------------------------------------------------------- compiling and keeping
+
+
+LOAD = """
+import sys
+import rnnfast
+
+print(rnnfast.load_cell(sys.argv[1]).spec.id)
+"""
+
+
+def test_kept_and_shared(folder: Path, tmp_path: Path) -> None:
+    """Two processes that begin at once both get it, and a third does not compile."""
+    header = shutil.copy(folder / "simple.h", tmp_path)
+    cache = tmp_path / "kept" / "here"
+    environment = os.environ | {"RNNFAST_CACHE": str(cache)}
+    command = [sys.executable, "-c", LOAD, str(header)]
+    two = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in two]
+    assert [process.returncode for process in two] == [0, 0]
+    (library,) = cache.iterdir()  # and nothing unfinished
+    assert library.name.startswith("Sum-") and library.suffix == ".so"
+    written = library.stat().st_mtime_ns
+    done = run("-c", LOAD, str(header), RNNFAST_CACHE=str(cache))
+    assert done.stdout == said[0] == said[1], done.stderr
+    assert library.stat().st_mtime_ns == written
+
+    library.write_bytes(b"of another system")  # made anew
+    done = run("-c", LOAD, str(header), RNNFAST_CACHE=str(cache))
+    assert done.stdout == said[0], done.stderr
+    assert library.stat().st_size > 1000
+
+
+def test_what_a_library_is_made_of(folder: Path, tmp_path: Path) -> None:
+    """A change of the header, or of one beside it, makes another cell."""
+    for name in ("leaky.h", "decay.h"):
+        shutil.copy(folder / name, tmp_path / name)
+
+    def digest() -> bytes:
+        return _own_library.source_of(tmp_path / "leaky.h", None).digest
+
+    first = digest()
+    assert first == _own_library.source_of(folder / "leaky.h", None).digest
+    (tmp_path / "decay.h").write_text(DECAY + "// another\n")
+    second = digest()
+    (tmp_path / "leaky.h").write_text(LEAKY + "// another\n")
+    assert len({first, second, digest()}) == 3
+
+
+def test_another_instruction_set(loaded: Any, folder: Path) -> None:
+    """Kernels are compiled for the one in force; another one is a call more, or a sentence."""
+    others = [isa for isa in engine.available_isas() if isa in _own_library.ISAS]
+    now = engine.ran_isa(engine.active_isa(), False)
+    layer, x = loaded["Sum"](IN, H), torch.randn(T, B, IN)
+    want = layer(x)[0]
+    for isa in others:
+        with rnnfast.use_engine("cpu", isa=isa):
+            if isa != now:
+                with pytest.raises(RuntimeError, match=f"cell Sum was not compiled for {isa}"):
+                    layer(x)
+            assert rnnfast.load_cell(folder / "simple.h").spec == loaded["Sum"].spec
+            torch.testing.assert_close(layer(x)[0], want)
+    assert now in others
+
+
+def test_flags_are_those_of_the_build() -> None:
+    text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    for isa, (_, vector_bytes, flags) in _own_library.ISAS.items():
+        if flags:
+            found = re.findall(rf"rnnfast_isa\({isa} (\d+) (.*)\)", text)
+            assert found == [(str(vector_bytes), " ".join(flags))]
+        else:
+            assert vector_bytes == 16
+    assert "rnnfast_isa(${isa} 16)" in text
+    for flag in _own_library.FLAGS[1:6]:
+        assert flag in text, flag
+
+
+def test_fork(loaded: Any) -> None:
+    layer, x = loaded["Mgu"](IN, H), torch.randn(T, B, IN)
+    want = layer(x)[0].detach()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(layer(x)[0], want) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_terminal_sees_that_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(_own_library, "_PATIENCE", 0.05)
+    for stream, seen in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        status, output = _own_library._run(["sh", "-c", "sleep 0.3; echo done"], "compiling a.h")
+        assert (status, output) == (0, "done\n")
+        assert ("rnnfast: compiling a.h ... 0 s" in stream.getvalue()) == seen
+        assert stream.getvalue().endswith("\r\x1b[K") == seen
+
+
+# --------------------------------------------------------------------------- what bad input gets
+
+
+def fails(path: Path, text: str | None, sentence: str, **options: Any) -> str:
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RuntimeError, match=sentence) as raised:
+        rnnfast.load_cell(path, **options)
+    return str(raised.value)
+
+
+def test_not_a_header(tmp_path: Path) -> None:
+    fails(tmp_path / "none.h", None, r"load_cell can't read .*none\.h: there is no such file")
+    fails(tmp_path, None, "load_cell can't read .*Is a directory")
+    file = tmp_path / "a.h"
+    fails(file, "int f();\n", r"which struct of .*a\.h is the cell: it has no struct with kGates")
+    two = MGU + MGU.replace("Mgu", "Other").replace("#pragma once", "")
+    fails(file, two, r"it has Mgu, Other; name it, load_cell\(path, struct=...\)")
+    fails(file, MGU, "struct of load_cell must be the name of a C.. type", struct="Mgu; int x")
+    said = fails(file, MGU, r"a\.h has no struct Mgv; it has Mgu", struct="Mgv")
+    assert str(_own_library.cache_folder()) in said
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ("kSplitGates = true", "kSplit = true", "a cell has `static constexpr bool kSplitGates`"),
+        ("int kGates = 2", "int kGates = 5", "a cell has 1 to 4 gates"),
+        ("kDense", "kDiagonal", "a diagonal recurrence has one gate"),
+        ("int kStates = 1", "int kStates = 0", "state 0 is h"),
+        ("void forward(const V (&gx)[2]", "void forward(const V (&gx)[3]", "static void forward"),
+        ("void backward(", "void back(", "`template <class V> static void backward"),
+    ],
+    ids=["constant", "gates", "diagonal", "states", "forward", "backward"],
+)
+def test_not_the_contract(tmp_path: Path, before: str, after: str, sentence: str) -> None:
+    assert before in MGU
+    said = fails(tmp_path / "a.h", MGU.replace(before, after), "is not a cell yet:")
+    lines = said.splitlines()
+    assert sentence in lines[1]
+    log = Path(lines[-1].removeprefix("The command and all that it said: "))
+    assert "own_cell.cpp" in log.read_text()
+
+
+def test_three_states(tmp_path: Path) -> None:
+    text = MGU.replace("int kStates = 1", "int kStates = 3")
+    for name in ("state", "prev", "next", "dstate"):
+        text = text.replace(f"(&{name})[1]", f"(&{name})[3]")
+    said = fails(tmp_path / "a.h", text, "is not a cell yet:")
+    assert "a layer of load_cell has 1 state, h, or 2, h and c" in said.splitlines()[1]
+
+
+def test_does_not_compile(tmp_path: Path) -> None:
+    said = fails(tmp_path / "a.h", MGU.replace("tanh(", "tan_h("), "does not compile for")
+    lines = said.splitlines()
+    assert "a.h" in lines[1] and "error" in lines[1] and len(lines) < 30
+    assert "tan_h" in said
+
+
+def test_no_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "/no/such/compiler -O1")
+    fails(tmp_path / "a.h", MGU + "// 1\n", "/no/such/compiler, which CXX names, is not there")
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    fails(tmp_path / "a.h", None, r"none of g\+\+, clang\+\+, c\+\+ is there; install g\+\+ 11")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RNNFAST_CACHE", str(tmp_path / "file" / "folder"))
+    fails(tmp_path / "a.h", MGU + "// 2\n", "can't be written .*set RNNFAST_CACHE to a folder")
+
+
+def test_where_libraries_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RNNFAST_CACHE", "~/mine")
+    assert _own_library.cache_folder() == Path.home() / "mine"
+    monkeypatch.delenv("RNNFAST_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert _own_library.cache_folder() == Path("/somewhere/rnnfast")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert _own_library.cache_folder() == Path.home() / ".cache" / "rnnfast"
+
+
+def test_other_headers_than_the_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(_own_library, "engine_stamp", lambda: "0123456789abcdef")
+        sentence = "_C.so was not built of the headers in .* would compile Stale; build"
+        fails(tmp_path / "a.h", MGU.replace("Mgu", "Stale"), sentence)
+
+    class Other(ctypes.Structure):  # a library of one's own that says so, too
+        _fields_ = (("engine", ctypes.c_char_p),)
+
+    other = Other(b"0123456789abcdef")
+    said = load_cell._register(ctypes.addressof(other), 0x12FF, (ctypes.c_int64 * 7)())
+    assert said.startswith(b"it was compiled with the headers 0123456789abcdef, and this build")
+
+
+def test_an_unknown_code() -> None:
+    with pytest.raises(RuntimeError, match="is one of rnnfast.load_cell that this process has not"):
+        cells.cell_spec(0x12FF)
+    x, w = torch.randn(1, 1, 1), torch.randn(1, 1)
+    with pytest.raises(RuntimeError, match="cell 4863 is one of rnnfast.load_cell that is not"):
+        torch.ops.rnnfast.forward(
+            x, None, None, w, w, None, None, None, None, None, None, 0x12FF, False, False
+        )
