@@ -420,7 +420,7 @@ def batch_norm_lstm(
             running_var[at].split((4 * hidden, 4 * hidden, hidden)),
             strict=True,
         )
-        used = []
+        used: list[tuple[Tensor, Tensor]] = []
 
         def normal(v: Tensor, own: bool = own, running: Any = running, used: Any = used) -> Tensor:
             mean, var = next(running)
