@@ -40,11 +40,16 @@ VARIANTS: dict[str, tuple[Callable[[int], Any], Callable[[int], Any]]] = {
         lambda H: rnnfast.LSTM(H, H, peephole=True),
         lstm,
     ),
+    "LSTM(layer_norm=True)": (
+        lambda H: rnnfast.LSTM(H, H, layer_norm=True),
+        lstm,
+    ),
     "GRU(reset_after=False)": (
         lambda H: rnnfast.GRU(H, H, reset_after=False),
         lambda H: rnnfast.GRU(H, H),
     ),
     "SRU": (lambda H: rnnfast.SRU(H, H), lstm),
+    "BatchNormLSTM": (lambda H: rnnfast.BatchNormLSTM(H, H, max_steps=100), lstm),
 }
 SHAPES = ((100, 32, 256), (100, 32, 512), (50, 8, 64))
 
@@ -78,6 +83,43 @@ def plain(layer: Any) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def plain_batch_norm(layer: Any) -> Callable[[Tensor], Tensor]:
+    """Likewise; what W_ih gives is normalised over all steps at once. Its running statistics stay
+    as they are."""
+    hidden = layer.hidden_size
+    first, second = slice(4 * hidden, 8 * hidden), slice(8 * hidden, 9 * hidden)
+
+    def normal(v: Tensor, dim: int, mean: Tensor, var: Tensor, own: bool) -> Tensor:
+        if own:
+            mean, var = v.mean(dim, keepdim=True), v.var(dim, unbiased=False, keepdim=True)
+        return (v - mean) * torch.rsqrt(var + layer.eps)
+
+    def step(
+        gx: Tensor, gh: Tensor, c: Tensor, gains: Any, mean: Tensor, var: Tensor, own: bool
+    ) -> Any:
+        gh = gains[0] * normal(gh, 0, mean[first], var[first], own)
+        i, f, g, o = (gx + gh).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        z = gains[1] * normal(c, 0, mean[second], var[second], own) + gains[2]
+        return o.sigmoid() * z.tanh(), c
+
+    compiled = torch.compile(step)
+
+    def run(x: Tensor) -> Tensor:
+        own, means, variances = layer.training, layer.running_mean_l0, layer.running_var_l0
+        gx = torch.nn.functional.linear(x, layer.weight_ih_l0)
+        mean, var = (s[: x.size(0), None, : 4 * hidden] for s in (means, variances))
+        gx = layer.gain_ih_l0 * normal(gx, 1, mean, var, own) + layer.bias_l0
+        h = c = x.new_zeros(x.size(1), hidden)
+        gains, y = (layer.gain_hh_l0, layer.gain_c_l0, layer.bias_c_l0), []
+        for gx_t, mean, var in zip(gx.unbind(0), means, variances):
+            h, c = compiled(gx_t, h @ layer.weight_hh_l0.t(), c, gains, mean, var, own)
+            y.append(h)
+        return torch.stack(y)
+
+    return run
+
+
 def training(run: Callable[[Tensor], Any], layer: Any, x: Tensor) -> Any:
     y = run(x)
     y = y[0] if isinstance(y, tuple) else y
@@ -103,10 +145,12 @@ def main() -> None:
     for name, (T, B, H) in tqdm([(name, shape) for name in names for shape in SHAPES]):
         make, make_usual = VARIANTS[name]
         layer, usual, x = make(H), make_usual(H), torch.randn(T, B, H)
-        theirs = plain(layer)
-        torch.testing.assert_close(theirs(x), layer(x)[0], rtol=1e-3, atol=1e-3)
+        batch_norm = isinstance(layer, rnnfast.BatchNormLSTM)
+        theirs = plain_batch_norm(layer) if batch_norm else plain(layer)
         found = []
         for mode in (inference, training):
+            layer.train(mode is training)
+            torch.testing.assert_close(theirs(x), layer(x)[0], rtol=1e-3, atol=1e-3)
             calls: dict[str, Callable[[], Any]] = {
                 "ours": partial(mode, layer, layer, x),
                 "theirs": partial(mode, theirs, layer, x),

@@ -71,7 +71,8 @@ def _reference_of(batch_sizes: Tensor | None, mean: Tensor, var: Tensor, ctx: An
     """The differentiable outputs of the call that used these statistics."""
 
     def run(*args: Any) -> Any:
-        return reference.batch_norm_lstm(*args, mean, var, batch_sizes, ctx.training, ctx.eps)[:3]
+        given: Any = (*args, mean, var, batch_sizes, ctx.training, ctx.eps)
+        return reference.batch_norm_lstm(*given)[:3]
 
     return run
 

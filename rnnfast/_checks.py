@@ -148,7 +148,7 @@ def check_weights(
     hidden = out = rows // gates
     check_shape("w_ih", w_ih, "(G*H, I)", (rows, x.size(-1)))
     if w_hr is not None:
-        if spec.states != 2 or not spec.dense or spec.keeps:
+        if spec.states != 2 or not spec.dense or spec.keeps or spec.stages:
             raise RuntimeError(f"rnnfast: w_hr is for lstm only, got cell {spec.name}")
         _check_dtype("w_hr", w_hr, x)
         if w_hr.dim() != 2:

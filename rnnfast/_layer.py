@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from . import _heads, _regularize, _run, _step
+from . import _heads, _norm, _parameters, _regularize, _run, _step
 from ._checks import check_recompute
 from ._freeze import Frozen, why_not
 from ._step_plan import StepPlan
@@ -51,6 +51,7 @@ _TEXTS = {
     "peephole_lstm": ", peephole=True",
     "gru_before": ", reset_after=False",
 }
+_TEXTS |= {f"{kind}_norm": ", layer_norm=True" for kind in ("lstm", "gru", "rnn", "indrnn")}
 
 
 def text_of_cell(layer: nn.Module) -> str:
@@ -59,7 +60,7 @@ def text_of_cell(layer: nn.Module) -> str:
     if spec is None:
         return ""
     plain, text = CellSpec("", 0, 0, 0, 0), _TEXTS.get(spec.name, "")
-    if spec.activation != plain.activation:
+    if spec.activation != ("relu" if spec.name == "indrnn_norm" else plain.activation):
         text += f", activation={spec.activation}"
     if spec.gate_activation != plain.gate_activation and spec.gates > 1:
         text += f", gate_activation={spec.gate_activation}"
@@ -96,6 +97,7 @@ class Layer(nn.RNNBase):
     #: Whether the output is that of the last step only. May be set at any time.
     return_last: bool = False
     residual: bool = False
+    layer_norm: bool = False
 
     def _choose(self, kind: str, *options: Any) -> None:
         spec = chosen_cell(type(self).__name__.removeprefix("Lazy"), kind, *options)
@@ -116,14 +118,20 @@ class Layer(nn.RNNBase):
         self._init_flat_weights()
         self.reset_parameters()
 
-    def _nonlinearity(self, kind: str, nonlinearity: str, activation: str | None) -> str:
+    def _nonlinearity(
+        self, kind: str, nonlinearity: str, activation: str | None, layer_norm: bool
+    ) -> str:
         """torch.nn's argument; an activation that torch.nn has not is chosen."""
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(
                 f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
             )
         self.activation = nonlinearity if activation is None else activation
+        name = type(self).__name__.removeprefix("Lazy")
+        kind = _norm.kind_of(name, kind, kind, layer_norm)
         if activation is None:
+            if layer_norm:
+                self._choose(kind, nonlinearity)
             return nonlinearity
         self._choose(kind, activation)
         return "tanh" if self._chosen_cell else activation
@@ -172,10 +180,20 @@ class Layer(nn.RNNBase):
     def _complete(self, weights: Sequence[Any]) -> Sequence[Any]:
         """The weights as a call takes them, w_ih, w_hh, b_ih, b_hh, of those that there are."""
         spec = self._chosen_cell
-        if spec is None or spec.heads == 1:
+        if spec is None:
             return weights
-        bias = self.bias or spec.parameters > 0
+        bias = self.bias
+        if spec.parameters:
+            own = _parameters.tensors_of(spec)
+            weights, bias = _parameters.merge(weights, len(self._all_weights), bias, own), True
+        if spec.heads == 1:
+            return weights
         return _heads.split(type(self).__name__, spec, weights, bias)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights anew."""
+        super().reset_parameters()
+        _norm.reset(self)
 
     def _current(self) -> tuple[Sequence[Any], Sequence[Tensor] | None]:
         """The weights of this call, and their packed form if the layer is frozen."""

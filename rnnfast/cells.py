@@ -41,6 +41,7 @@ class CellSpec:
             the bias in ``b_hh``, of shape ``((G+K)*H,)``
         options: whether a call may choose activations
         stages: whether a step is more than a product and a pointwise function
+        norms: whether the gates are normalised
         activation, gate_activation: those of the state and of the gates
         clip: bound of the LSTM's ``c``, 0 for none
         keeps: whether a part of the states may stay as it was (``name`` then ends with
@@ -59,6 +60,7 @@ class CellSpec:
     parameters: int = 0
     options: bool = False
     stages: bool = False
+    norms: bool = False
     activation: str = "tanh"
     gate_activation: str = "sigmoid"
     clip: float = 0.0
@@ -100,13 +102,63 @@ CELLS: tuple[CellSpec, ...] = (
     CellSpec("sru", 18, gates=4, states=2, saved=4, parameters=2, dense=False),
     CellSpec("coupled_lstm", 19, gates=3, states=2, saved=3, options=True),
     CellSpec("gru_before", 20, gates=3, states=1, saved=3, options=True, stages=True),
-    CellSpec("lstm_zoneout", 21, gates=4, states=2, saved=5, options=True, keeps=True),
     CellSpec(
-        "gru_zoneout", 22, gates=3, states=1, saved=4, split_gates=True, options=True, keeps=True
+        "lstm_norm",
+        21,
+        gates=4,
+        states=2,
+        saved=12,
+        parameters=10,
+        split_gates=True,
+        options=True,
+        stages=True,
+        norms=True,
     ),
-    CellSpec("rnn_zoneout", 23, gates=1, states=1, saved=1, options=True, keeps=True),
-    CellSpec("slstm", 24, gates=4, states=4, saved=5),
-    CellSpec("slstm_exp", 25, gates=4, states=4, saved=4),
+    CellSpec(
+        "gru_norm",
+        22,
+        gates=3,
+        states=1,
+        saved=10,
+        parameters=6,
+        split_gates=True,
+        options=True,
+        stages=True,
+        norms=True,
+    ),
+    CellSpec(
+        "rnn_norm",
+        23,
+        gates=1,
+        states=1,
+        saved=3,
+        parameters=2,
+        split_gates=True,
+        options=True,
+        stages=True,
+        norms=True,
+    ),
+    CellSpec(
+        "indrnn_norm",
+        24,
+        gates=1,
+        states=1,
+        saved=2,
+        parameters=1,
+        diagonal=True,
+        dense=False,
+        split_gates=True,
+        options=True,
+        stages=True,
+        norms=True,
+    ),
+    CellSpec("lstm_zoneout", 25, gates=4, states=2, saved=5, options=True, keeps=True),
+    CellSpec(
+        "gru_zoneout", 26, gates=3, states=1, saved=4, split_gates=True, options=True, keeps=True
+    ),
+    CellSpec("rnn_zoneout", 27, gates=1, states=1, saved=1, options=True, keeps=True),
+    CellSpec("slstm", 28, gates=4, states=4, saved=5),
+    CellSpec("slstm_exp", 29, gates=4, states=4, saved=4),
 )
 
 _BY_NAME = {spec.name: spec for spec in CELLS}
@@ -182,8 +234,8 @@ def chosen_cell(
 
     Args:
         who: the layer's name, for errors
-        kind: ``lstm``, ``coupled_lstm``, ``peephole_lstm``, ``gru``, ``gru_before``, ``rnn`` or
-            ``indrnn``
+        kind: ``lstm``, ``coupled_lstm``, ``peephole_lstm``, ``gru``, ``gru_before``, ``rnn``,
+            ``indrnn``, or one of the usual ones with ``_norm``
         activation, gate_activation: names of :data:`ACTIVATIONS`
         cell_clip: bound of the LSTM's ``c``, or ``None``
 
@@ -197,7 +249,7 @@ def chosen_cell(
     """
     gate = _number(who, "gate_activation", gate_activation)
     code = _number(who, "activation", activation) << 16
-    if not kind.endswith("rnn"):
+    if not kind.startswith(("rnn", "indrnn")):
         code |= gate << 8
     if cell_clip is not None:
         is_number = isinstance(cell_clip, (int, float)) and not isinstance(cell_clip, bool)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _heads, _parameters, _regularize, _run
+from . import _heads, _norm, _parameters, _regularize, _run
 from ._cell_functions import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 from ._checks import check_dense
 from ._signatures import Input as Form
@@ -140,7 +140,8 @@ def _layer(
         recurrent_dropout, zoneout,
     )  # fmt: skip
     count = num_layers * (2 if bidirectional else 1)
-    each = (4 if bias else 2) + (spec.parameters > 0)
+    own = _parameters.tensors_of(spec)
+    each = (4 if bias else 2) + own
     if not isinstance(weights, Iterable):
         raise TypeError(f"rnnfast: weights must be a list of tensors, got {type(weights).__name__}")
     weights = list(weights)
@@ -163,7 +164,7 @@ def _layer(
     if w_hr is not None and w_hr.dim() != 2:
         raise RuntimeError(f"rnnfast: w_hr must have shape (P, H), got {tuple(w_hr.shape)}")
     if spec.parameters:
-        weights, bias = _parameters.merge(weights, count, bias), True
+        weights, bias = _parameters.merge(weights, count, bias, own), True
     hidden_size, proj_size = w_ih.size(0) // spec.gates, 0 if w_hr is None else w_hr.size(0)
     if _heads.check(name, num_heads, hidden_size, proj_size) > 1:
         spec = replace(spec, heads=num_heads)
@@ -201,10 +202,14 @@ def lstm(
     coupled: bool = False,
     peephole: bool = False,
     num_heads: int = 1,
+    layer_norm: bool = False,
 ) -> tuple[Form, States]:
     if isinstance(hx, (tuple, list)) and len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
-    kind = kind_of("lstm", coupled, peephole)
+    kind = _norm.kind_of(
+        "lstm", kind_of("lstm", coupled, peephole), "lstm", layer_norm, coupled=coupled,
+        peephole=peephole, cell_clip=cell_clip is not None, num_heads=num_heads != 1,
+    )  # fmt: skip
     spec = chosen_cell("lstm", kind, activation, gate_activation, cell_clip)
     return _layer(
         "LSTM", spec, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
@@ -237,8 +242,13 @@ def gru(
     gate_activation: str = "sigmoid",
     reset_after: bool = True,
     num_heads: int = 1,
+    layer_norm: bool = False,
 ) -> tuple[Form, Tensor]:
-    spec = chosen_cell("gru", gru_kind_of("gru", reset_after), activation, gate_activation)
+    kind = _norm.kind_of(
+        "gru", gru_kind_of("gru", reset_after), "gru", layer_norm,
+        **{"reset_after=False": not reset_after, "num_heads": num_heads != 1},
+    )  # fmt: skip
+    spec = chosen_cell("gru", kind, activation, gate_activation)
     return _layer(
         "GRU", spec, input, hx, reset, weights, num_layers, bias, batch_first, dropout,
         training, bidirectional, lengths, recompute, mask, weight_dropout, input_dropout,
@@ -377,9 +387,11 @@ def rnn(
     return_last: bool = False,
     recurrent_dropout: float = 0.0,
     zoneout: float = 0.0,
+    layer_norm: bool = False,
 ) -> tuple[Form, Tensor]:
+    spec = chosen_cell("rnn", _norm.kind_of("rnn", "rnn", "rnn", layer_norm), activation)
     return _layer(
-        "RNN", chosen_cell("rnn", "rnn", activation), input, hx, reset, weights,
+        "RNN", spec, input, hx, reset, weights,
         num_layers, bias, batch_first, dropout, training, bidirectional, lengths, recompute, mask,
         weight_dropout, input_dropout, return_last, False, recurrent_dropout, zoneout,
     )  # fmt: skip
@@ -405,9 +417,11 @@ def indrnn(
     input_dropout: float = 0.0,
     return_last: bool = False,
     residual: bool = False,
+    layer_norm: bool = False,
 ) -> tuple[Form, Tensor]:
+    kind = _norm.kind_of("indrnn", "indrnn", "indrnn", layer_norm)
     return _layer(
-        "IndRNN", chosen_cell("indrnn", "indrnn", activation), input, hx, reset, weights,
+        "IndRNN", chosen_cell("indrnn", kind, activation), input, hx, reset, weights,
         num_layers, bias, batch_first, dropout, training, bidirectional, lengths, recompute, mask,
         weight_dropout, input_dropout, return_last, residual,
     )  # fmt: skip
@@ -432,6 +446,9 @@ _TWO_ACTIVATIONS = "\n        activation, gate_activation: two of :data:`rnnfast
 _HEADS = (
     "\n        num_heads: blocks of w_hh, (G*H, H/num_heads), as :class:`rnnfast.LSTM` has them"
 )
+_LAYER_NORM = """
+        layer_norm: as :class:`rnnfast.LSTM` has it; ``weights`` has its parameters behind the
+            others of each layer and direction"""
 _ACTIVATION = {
     "lstm": _TWO_ACTIVATIONS
     + """
@@ -439,12 +456,14 @@ _ACTIVATION = {
         coupled: the input gate is 1 - f: gates f, g, o
         peephole: the gates see c; ``weights`` has p_i, p_f, p_o, one tensor ``(3H,)``, behind the
             others of each layer and direction"""
-    + _HEADS,
+    + _HEADS
+    + _LAYER_NORM,
     "gru": _TWO_ACTIVATIONS
     + "\n        reset_after: as :class:`rnnfast.GRU` has it"
-    + _HEADS,
-    "rnn": _ONE_ACTIVATION,
-    "indrnn": _ONE_ACTIVATION,
+    + _HEADS
+    + _LAYER_NORM,
+    "rnn": _ONE_ACTIVATION + _LAYER_NORM,
+    "indrnn": _ONE_ACTIVATION + _LAYER_NORM,
 }
 _NOTHING_KEPT = "taken, and changes nothing: nothing is kept beyond input and output"
 _DOCS: tuple[tuple[Any, str, str, str], ...] = (

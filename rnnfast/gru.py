@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import _heads
+from . import _heads, _norm
 from ._checks import check_bool
 from ._layer import no_proj_size
 from ._signatures import Device, OneStateCalls
@@ -68,6 +68,9 @@ class GRU(OneStateCalls):
         num_heads: number of blocks :math:`n` on the diagonal of `W_hh`, which is zero elsewhere:
             the state of a head of :math:`H/n` units enters the gates of that head alone (Beck et
             al. 2024, arXiv:2405.04517); an attribute to be read, too
+        layer_norm: layer normalisation (Ba et al. 2016, arXiv:1607.06450) of :math:`W_{ih} x_t` and
+            of :math:`W_{hh} h_{t-1}`, of the gates r and z together over all units and of n by
+            itself; an attribute to be read, too. Not with ``reset_after=False``
 
     Inputs: input, h_0, reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -92,6 +95,8 @@ class GRU(OneStateCalls):
         weight_hh_l[k]: :math:`(3H, H)`, :math:`(3H, H/n)` with heads: row by row the block that its
             unit belongs to
         bias_ih_l[k], bias_hh_l[k]: :math:`(3H)`
+
+        norm_ih_l[k], norm_hh_l[k]: gains :math:`(3H)`, with ``layer_norm`` only
 
         With the suffix ``_reverse`` for the second direction.
 
@@ -133,11 +138,16 @@ class GRU(OneStateCalls):
         gate_activation: str = "sigmoid",
         reset_after: bool = True,
         num_heads: int = 1,
+        layer_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         no_proj_size(kwargs, "GRU")
         _heads.check("GRU", num_heads, hidden_size)
-        self._choose(kind_of("GRU", reset_after), activation, gate_activation)
+        kind = _norm.kind_of(
+            "GRU", kind_of("GRU", reset_after), "gru", layer_norm,
+            **{"reset_after=False": not reset_after, "num_heads": num_heads != 1},
+        )  # fmt: skip
+        self._choose(kind, activation, gate_activation)
         # for who reads them; what is called was chosen above
         self.activation, self.gate_activation = activation, gate_activation
         self.reset_after = reset_after
@@ -148,6 +158,8 @@ class GRU(OneStateCalls):
         if num_heads > 1:  # else the class says it
             self.num_heads = num_heads
             self._set_heads(num_heads, device)
+        if layer_norm:
+            _norm.add(self, device, dtype)
         self._set_options(
             recompute, weight_dropout, input_dropout, False, return_last, recurrent_dropout, zoneout
         )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import _heads, _parameters
+from . import _heads, _norm
 from ._checks import check_bool
 from ._signatures import Device, LSTMCalls
 
@@ -101,6 +100,10 @@ class LSTM(LSTMCalls):
         num_heads: number of blocks :math:`n` on the diagonal of `W_hh`, which is zero elsewhere:
             the state of a head of :math:`H/n` units enters the gates of that head alone (Beck et
             al. 2024, arXiv:2405.04517). Not with ``proj_size``; an attribute to be read, too
+        layer_norm: layer normalisation (Ba et al. 2016, arXiv:1607.06450) of :math:`W_{ih} x_t` and
+            of :math:`W_{hh} h_{t-1}` over the gates of all units, and of :math:`c_t` on its way
+            into :math:`h_t` (it goes on as it is); an attribute to be read, too. Not with
+            ``proj_size``, ``coupled``, ``peephole`` or ``cell_clip``
 
     Inputs: input, (h_0, c_0), reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -129,6 +132,9 @@ class LSTM(LSTMCalls):
         bias_ih_l[k], bias_hh_l[k]: :math:`(4H)`
         weight_hr_l[k]: :math:`(P, H)`, with ``proj_size`` only
         weight_ph_l[k]: :math:`(3H)`, with ``peephole`` only: :math:`p_i, p_f, p_o`
+
+        norm_ih_l[k], norm_hh_l[k]: gains :math:`(4H)`, with ``layer_norm`` only, as
+            norm_c_l[k], norm_c_bias_l[k]: gain and bias of c, :math:`(H)`
 
         With the suffix ``_reverse`` for the second direction.
 
@@ -178,10 +184,15 @@ class LSTM(LSTMCalls):
         coupled: bool = False,
         peephole: bool = False,
         num_heads: int = 1,
+        layer_norm: bool = False,
     ) -> None:
         _heads.check("LSTM", num_heads, hidden_size, proj_size)
         _check_forget_bias(forget_bias, bias)
-        kind = kind_of("LSTM", coupled, peephole)
+        kind = _norm.kind_of(
+            "LSTM", kind_of("LSTM", coupled, peephole), "lstm", layer_norm, coupled=coupled,
+            peephole=peephole, proj_size=proj_size, cell_clip=cell_clip is not None,
+            num_heads=num_heads != 1,
+        )  # fmt: skip
         self._choose(kind, activation, gate_activation, cell_clip)
         # for who reads them; what is called was chosen above
         self.activation, self.gate_activation = activation, gate_activation
@@ -201,6 +212,8 @@ class LSTM(LSTMCalls):
             self._set_heads(num_heads, device)
         if peephole:
             self._add_peepholes(device, dtype)
+        if layer_norm:
+            _norm.add(self, device, dtype)
         self._set_options(
             recompute, weight_dropout, input_dropout, False, return_last, recurrent_dropout, zoneout
         )
@@ -215,11 +228,6 @@ class LSTM(LSTMCalls):
             names.append(name)
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._init_flat_weights()
-
-    def _complete(self, weights: Sequence[Any]) -> Sequence[Any]:
-        if self.peephole:
-            weights = _parameters.merge(weights, len(self._all_weights), self.bias)
-        return super()._complete(weights)
 
     def reset_parameters(self) -> None:
         """Draw the initial weights anew."""

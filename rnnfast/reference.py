@@ -39,8 +39,9 @@ def cell_step(
         gh: hidden side ``w_hh h + b_hh``
         state: ``(h,)``, ``(h, c)`` or ``(h, c, n, m)``, each :math:`(N, H)`
         p: the parameters of a cell that has some
-        linked: of the GRU with the reset gate before the product, that product: ``gh`` is of its
-            other gates only
+        linked: what stands between the halves of a cell: of the GRU with the reset gate before
+            the product, that product (``gh`` is of its other gates only); of the LSTM with layer
+            normalisation, that of c
 
     Shape:
         - gx, gh: :math:`(N, G \cdot H)`
@@ -50,13 +51,13 @@ def cell_step(
     if spec.is_own:
         return _own_step(spec, gx, gh, state, p)
     act, gate = _activation(spec.activation), _activation(spec.gate_activation)
-    if spec.name in ("lstm", "lstm_any", "lstm_zoneout"):
+    if spec.name in ("lstm", "lstm_any", "lstm_norm", "lstm_zoneout"):
         # Hochreiter & Schmidhuber 1997; forget gate of Gers et al. 2000
         i, f, g, o = (gx + gh).chunk(4, -1)
         c = gate(f) * state[1] + gate(i) * act(g)
         if spec.clip:
             c = c.clamp(-spec.clip, spec.clip)
-        return gate(o) * act(c), c
+        return gate(o) * act(c if linked is None else linked(c)), c
     if spec.name == "coupled_lstm":
         # Greff et al. 2017, arXiv:1503.04069
         f, g, o = (gx + gh).chunk(3, -1)
@@ -71,7 +72,7 @@ def cell_step(
         if spec.clip:
             c = c.clamp(-spec.clip, spec.clip)
         return gate(o + p[2] * c) * act(c), c
-    if spec.name in ("gru", "gru_any", "gru_zoneout"):
+    if spec.name in ("gru", "gru_any", "gru_norm", "gru_zoneout"):
         # Cho et al. 2014, with the reset after the product, as cuDNN and torch.nn have it
         x_r, x_z, x_n = gx.chunk(3, -1)
         h_r, h_z, h_n = gh.chunk(3, -1)
@@ -184,6 +185,37 @@ def _scan_cell_step(spec: CellSpec, gates: Tensor, state: tuple[Tensor, ...]) ->
     return (torch.sigmoid(ratio) * state[0] + torch.sigmoid(-ratio) * n,)
 
 
+class _Norms:
+    """Layer normalisation (Ba et al. 2016, arXiv:1607.06450) of both sides of the gates, and of the
+    LSTM's c on its way into h."""
+
+    def __init__(self, spec: CellSpec, hidden: int, b_hh: Tensor | None) -> None:
+        gates = spec.gates * hidden
+        # the gates r and z of a GRU are normalised together, and n by itself
+        self._groups = [2 * hidden, hidden] if spec.name == "gru_norm" else [gates]
+        self.b_hh, self.inputs, self.hidden, self._c = b_hh, None, None, (None, None)
+        if b_hh is None:
+            return
+        sizes = [gates] * (3 if spec.dense else 2) + [hidden] * (2 if spec.states == 2 else 0)
+        self.b_hh, self.inputs, *rest = b_hh.split(sizes)
+        if spec.dense:
+            self.hidden = rest[0]
+        if spec.states == 2:
+            self._c = rest[1], rest[2]
+
+    def of_gates(self, gates: Tensor, gain: Tensor | None) -> Tensor:
+        normed = torch.cat([_normalised(part) for part in gates.split(self._groups, -1)], -1)
+        return normed if gain is None else normed * gain
+
+    def of_c(self, c: Tensor) -> Tensor:
+        gain, bias = self._c
+        return _normalised(c) if gain is None else _normalised(c) * gain + bias
+
+
+def _normalised(x: Tensor) -> Tensor:
+    return functional.layer_norm(x, x.shape[-1:])
+
+
 def _packed_index(batch_sizes: Tensor, batch: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where row (t, b) of a padded batch lies among the packed rows, and the way back.
 
@@ -284,13 +316,19 @@ def forward(
         rest = (x.new_zeros(batch, hidden),) * (spec.states - 1)
 
     p: tuple[Tensor, ...] = ()
-    if spec.parameters:
+    norms: _Norms | None = None
+    if spec.norms:
+        norms = _Norms(spec, hidden, b_hh)
+        b_hh = norms.b_hh
+    elif spec.parameters:
         if b_hh is None:
             p = (w_ih.new_zeros(hidden),) * spec.parameters
         else:
             b_hh, of_units = b_hh.split((spec.gates * hidden, spec.parameters * hidden))
             p = of_units.chunk(spec.parameters)
     gx = x @ w_ih.t()
+    if norms is not None:
+        gx = norms.of_gates(gx, norms.inputs)
     if b_ih is not None:
         gx = gx + b_ih
     if reset is not None:
@@ -313,6 +351,8 @@ def forward(
         out = part * before + (1 - part) * after if part else after
         return out if zone is None else torch.where(zone[t][:, s], before, out)
 
+    if norms is not None and spec.states == 2:
+        linked = norms.of_c
     y: list[Tensor] = [h] * steps
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
         if reset is not None:  # where() and no product: a NaN in the old state ends here
@@ -324,6 +364,8 @@ def forward(
             gh = h * w_hh.expand_as(h)
         elif spec.dense:
             gh = entering @ w_hh.t()
+            if norms is not None:
+                gh = norms.of_gates(gh, norms.hidden)
         else:
             gh = torch.zeros_like(gx[t])
         if b_hh is not None and (spec.has_hidden_side or b_hh.size(0) > 0):
@@ -420,7 +462,7 @@ def batch_norm_lstm(
             running_var[at].split((4 * hidden, 4 * hidden, hidden)),
             strict=True,
         )
-        used = []
+        used: list[tuple[Tensor, Tensor]] = []
 
         def normal(v: Tensor, own: bool = own, running: Any = running, used: Any = used) -> Tensor:
             mean, var = next(running)

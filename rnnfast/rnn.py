@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from . import _norm
 from ._layer import no_proj_size
 from ._signatures import Device, OneStateCalls
 
@@ -62,6 +63,8 @@ class RNN(OneStateCalls):
             attribute, too
         activation: in place of ``nonlinearity``: one of :data:`rnnfast.ACTIVATIONS`, with torch's
             definitions and default parameters; an attribute to be read, too
+        layer_norm: layer normalisation (Ba et al. 2016, arXiv:1607.06450) of :math:`W_{ih} x_t` and
+            of :math:`W_{hh} h_{t-1}` over the units; an attribute to be read, too
 
     Inputs: input, h_0, reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -85,6 +88,8 @@ class RNN(OneStateCalls):
         weight_ih_l[k]: :math:`(H, I)`, :math:`(H, D \cdot H)` for k > 0
         weight_hh_l[k]: :math:`(H, H)`
         bias_ih_l[k], bias_hh_l[k]: :math:`(H)`
+
+        norm_ih_l[k], norm_hh_l[k]: gains :math:`(H)`, with ``layer_norm`` only
 
         With the suffix ``_reverse`` for the second direction.
 
@@ -122,15 +127,18 @@ class RNN(OneStateCalls):
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
         activation: str | None = None,
+        layer_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         no_proj_size(kwargs, "RNN")
-        nonlinearity = self._nonlinearity("rnn", nonlinearity, activation)
+        nonlinearity = self._nonlinearity("rnn", nonlinearity, activation, layer_norm)
         self.nonlinearity = nonlinearity
         super().__init__(
             "RNN_" + nonlinearity.upper(), input_size, hidden_size, num_layers, bias,
             batch_first, dropout, bidirectional, 0, device, dtype,
         )  # fmt: skip
+        if layer_norm:
+            _norm.add(self, device, dtype)
         self._set_options(
             recompute, weight_dropout, input_dropout, False, return_last, recurrent_dropout, zoneout
         )
@@ -168,6 +176,8 @@ class IndRNN(OneStateCalls):
             attribute, too
         activation: in place of ``nonlinearity``: one of :data:`rnnfast.ACTIVATIONS`, with torch's
             definitions and default parameters; an attribute to be read, too
+        layer_norm: layer normalisation (Ba et al. 2016, arXiv:1607.06450) of :math:`W_{ih} x_t`
+            over the units (:math:`u \odot h_{t-1}` stays what it is); an attribute to be read, too
 
     Inputs: input, h_0, reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -191,6 +201,8 @@ class IndRNN(OneStateCalls):
         weight_ih_l[k]: :math:`(H, I)`, :math:`(H, D \cdot H)` for k > 0
         weight_hh_l[k]: the recurrent weights :math:`u`, :math:`(H)`
         bias_ih_l[k], bias_hh_l[k]: :math:`(H)`
+
+        norm_ih_l[k]: gain :math:`(H)`, with ``layer_norm`` only
 
         With the suffix ``_reverse`` for the second direction. :math:`u` starts from
         :math:`\mathcal{U}(0, 1)`, where gradients neither explode nor die at once; the rest
@@ -226,8 +238,9 @@ class IndRNN(OneStateCalls):
         return_last: bool = False,
         residual: bool = False,
         activation: str | None = None,
+        layer_norm: bool = False,
     ) -> None:
-        nonlinearity = self._nonlinearity("indrnn", nonlinearity, activation)
+        nonlinearity = self._nonlinearity("indrnn", nonlinearity, activation, layer_norm)
         self.nonlinearity = nonlinearity
         # torch.nn checks the arguments and names the weights of a dense layer of no memory ...
         super().__init__(
@@ -243,6 +256,8 @@ class IndRNN(OneStateCalls):
             setattr(self, name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self._init_flat_weights()
         self.reset_parameters()
+        if layer_norm:
+            _norm.add(self, device, dtype)
         self._set_options(recompute, weight_dropout, input_dropout, residual, return_last)
 
     def reset_parameters(self) -> None:
@@ -253,6 +268,7 @@ class IndRNN(OneStateCalls):
                 nn.init.uniform_(weight, 0.0, 1.0)
             else:
                 nn.init.uniform_(weight, -bound, bound)
+        _norm.reset(self)
 
     def _recurrent(self, what: str, of_last_layer: bool = False) -> list[Parameter]:
         """u of all passes, or those of the last layer."""

@@ -151,7 +151,7 @@ def hidden_signature(library: Any, device: torch.device) -> None:
 def test_signatures(library: Any, device: torch.device) -> None:
     options = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout"]
     options += ["bidirectional", "device", "dtype", "recompute"]
-    options += ["weight_dropout", "input_dropout", "return_last", "activation"]
+    options += ["weight_dropout", "input_dropout", "return_last", "activation", "layer_norm"]
     options += ["recurrent_dropout", "zoneout"]
     own = {
         "LSTM": [

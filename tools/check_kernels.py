@@ -35,6 +35,10 @@ CELLS = {
     "sru": "SruCell",
     "coupled_lstm": "CoupledLstmCell",
     "gru_before": "GruBeforeCell",
+    "lstm_norm": "LstmNormCell",
+    "gru_norm": "GruNormCell",
+    "rnn_norm": "RnnNormCell",
+    "indrnn_norm": "IndRnnNormCell",
     "lstm_zoneout": "Zoneout<LstmCellOf<ChosenActivations> >",
     "gru_zoneout": "Zoneout<GruCellOf<ChosenActivations> >",
     "rnn_zoneout": "Zoneout<RnnAnyCellOf<dense> >",
@@ -42,7 +46,7 @@ CELLS = {
     "slstm_exp": "SlstmCellOf<ExponentialForget>",
 }
 # Cells of two halves, and their kernels.
-STAGED = ("gru_before",)
+STAGED = ("gru_before", "lstm_norm")
 HALVES = ("begin_forward", "finish_forward", "finish_backward", "begin_backward")
 DTYPES = ("float", "double", "Float16", "BFloat16")
 # What csrc/core/onchip_tiles.h lists, and the cells and dtypes that a tile serves.
@@ -109,7 +113,13 @@ def expected() -> set[str]:
     wide = {"double": "double"}
     copies = {f"copy_rows<{wide.get(dtype, 'float')}, {dtype}>" for dtype in DTYPES}
     sums = {"add_dropped<float>", "add_dropped<double>", "copy_offsets"}
-    return steps | rows | scans | copies | sums | onchip().keys()
+    norms = {f"norm_rows<{dtype}>" for dtype in DTYPES}
+    norms |= {
+        f"norm_backward_rows<{dtype}, {value}>"
+        for dtype in DTYPES
+        for value in (dtype, wide.get(dtype, "float"))
+    }
+    return norms | steps | rows | scans | copies | sums | onchip().keys()
 
 
 def plain(demangled: str) -> str:

@@ -261,7 +261,7 @@ void CheckedLayer::check_weights() {
   check_shape("w_ih", w_ih_, "(G*H, I)", {gate_rows, input_size});
   if (projection) {
     // What stays of h is read behind the projection, where no engine mixes it in.
-    if (cell.states != 2 || !cell.dense || cell.keeps)
+    if (cell.states != 2 || !cell.dense || cell.keeps || cell.stages)
       fail(std::string("w_hr is for lstm only, got cell ") + cell.name);
     check_same("w_hr", *w_hr_, dtype, place);
     if (w_hr_->dim() != 2) fail("w_hr must have shape (P, H), got " + shape_text(*w_hr_));

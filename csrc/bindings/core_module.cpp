@@ -98,21 +98,22 @@ py::dict run_cell(const std::vector<double>& gx_in, const std::vector<double>& g
       state_in.size() != Cell::kStates || dstate_in.size() != Cell::kStates)
     throw std::invalid_argument(
         "rnnfast: gx, gh need one number a gate, state and dstate one a state");
-  if (!parameters.empty() && parameters.size() != kParameters)
+  if (!parameters.empty() &&
+      parameters.size() != kParameters + RNNFAST_TARGET::kNormParameters<Cell>)
     throw std::invalid_argument("rnnfast: p needs one number a parameter");
-  for (size_t k = 0; k < parameters.size(); ++k) p[k] = parameters[k];
+  for (int k = 0; k < kParameters && !parameters.empty(); ++k) p[k] = parameters[k];
   for (int g = 0; g < Cell::kGates; ++g) gx[g] = gx_in[g], gh[g] = gh_in[g];
   for (int k = 0; k < Cell::kStates; ++k) prev[k] = next[k] = state_in[k], dstate[k] = dstate_in[k];
   const Cell cell = RNNFAST_TARGET::make_cell<Cell>(options_of_code(code));
-  if constexpr (RNNFAST_TARGET::kHasStages<Cell>) {
-    // One unit whose second product is its link.
+  if constexpr (RNNFAST_TARGET::kLinkOf<Cell> != RNNFAST_TARGET::Link::kNone) {
+    // What stands between the halves is the link itself, or a product with 1.
     constexpr int kFree = RNNFAST_TARGET::kFreeGatesOf<Cell>;
     double link, dlink = 0;
     cell.begin(gx, gh, next, link);
     for (int g = kFree; g < Cell::kGates; ++g) gh[g] = gh_in[g] + link;
     next[0] = prev[0];
-    cell.finish(gx, gh, next, saved);
-    cell.finish_backward(saved, prev, next, dstate, dgx);
+    cell.finish(gx, gh, link, next, saved);
+    cell.finish_backward(saved, link, prev, next, dstate, dgx, dlink);
     for (int g = kFree; g < Cell::kGates; ++g) dlink += dgx[g];
     cell.begin_backward(saved, prev, next, dlink, dstate, dgx, link);
     for (int g = 0; g < Cell::kGates; ++g) dgh[g] = dgx[g];

@@ -31,7 +31,8 @@ struct GruBeforeCell : ChosenActivations {
   }
 
   template <class V>
-  RNNFAST_HD void finish(const V (&gx)[3], const V (&gh)[3], V (&state)[1], V (&saved)[3]) const {
+  RNNFAST_HD void finish(const V (&gx)[3], const V (&gh)[3], V, V (&state)[1],
+                         V (&saved)[3]) const {
     const V kept_z[1] = {gh[1]};
     V z[1], unused[1], n[1] = {gx[2] + gh[2]}, kept_n[1];
     this->gate.backward(kept_z, z, unused);
@@ -43,8 +44,8 @@ struct GruBeforeCell : ChosenActivations {
   }
 
   template <class V>
-  RNNFAST_HD void finish_backward(const V (&saved)[3], const V (&prev)[1], const V (&)[1],
-                                  V (&dstate)[1], V (&dgates)[3]) const {
+  RNNFAST_HD void finish_backward(const V (&saved)[3], V, const V (&prev)[1], const V (&)[1],
+                                  V (&dstate)[1], V (&dgates)[3], V&) const {
     const V kept_z[1] = {saved[1]}, kept_n[1] = {saved[2]};
     V z[1], z_slope[1], n[1], n_slope[1];
     this->gate.backward(kept_z, z, z_slope);

@@ -14,6 +14,7 @@
 #include "indrnn.h"
 #include "lstm.h"
 #include "min_lstm.h"
+#include "norm.h"
 #include "peephole_lstm.h"
 #include "qrnn.h"
 #include "rnn.h"
@@ -50,9 +51,13 @@
   use(18, sru, SruCell)                        \
   use(19, coupled_lstm, CoupledLstmCell)       \
   use(20, gru_before, GruBeforeCell)           \
-  use(21, lstm_zoneout, LstmZoneoutCell)       \
-  use(22, gru_zoneout, GruZoneoutCell)         \
-  use(23, rnn_zoneout, RnnZoneoutCell)         \
-  use(24, slstm, SlstmCell)                    \
-  use(25, slstm_exp, SlstmExpCell)
+  use(21, lstm_norm, LstmNormCell)             \
+  use(22, gru_norm, GruNormCell)               \
+  use(23, rnn_norm, RnnNormCell)               \
+  use(24, indrnn_norm, IndRnnNormCell)         \
+  use(25, lstm_zoneout, LstmZoneoutCell)       \
+  use(26, gru_zoneout, GruZoneoutCell)         \
+  use(27, rnn_zoneout, RnnZoneoutCell)         \
+  use(28, slstm, SlstmCell)                    \
+  use(29, slstm_exp, SlstmExpCell)
 // clang-format on

@@ -32,9 +32,12 @@ struct BackwardScratch {
   // Of a cell with stages: the packed part of w_hh that its link is multiplied with, (B, link_row)
   // of the link's gradient, and the links of the chunk, (chunk rows, link_row).
   scalar_t *w_link, *dlink, *links;
+  // Of gates that are normalised: (B, sum_row) of this chunk's gradients of b_ih and b_hh, with all
+  // that stands behind the bias there; and (B, link_row) of a normalised link.
+  scalar_t *sums, *linked;
   scalar_t *x_packed, *h_packed, *m_packed, *link_packed;  // right sides of weight gradients
   scalar_t* a_tiles;  // (workers, kLeftTiles tiles of chunk rows) left side
-  int64_t capacity, gate_row, parameter_row, link_row, a_tiles_size;
+  int64_t capacity, gate_row, parameter_row, link_row, sum_row, a_tiles_size;
 };
 
 // Rows of w_hh that h is multiplied with, and those of the link.
@@ -78,6 +81,9 @@ BackwardScratch<scalar_t> backward_scratch(const BackwardArgs<scalar_t>& args, c
   if constexpr (kHasStages<Cell>) {
     s.link_row = units.padded() + lanes_of<scalar_t>;
     s.dlink = arena.take<scalar_t>(args.batch * s.link_row);
+    s.linked = arena.take<scalar_t>(args.batch * s.link_row);
+    s.sum_row = (2 * Cell::kGates + kNormParameters<Cell>)*args.hidden_size + lanes_of<scalar_t>;
+    if (kNormsGates<Cell>) s.sums = arena.take<scalar_t>(args.batch * s.sum_row);
     if (kLinkedGatesOf<Cell> > 0) {
       if (choice.kernel_hh == Kernel::kPacked)
         s.w_link = arena.take<scalar_t>(outputs.padded() * linked_rows<Cell>(args.hidden_size));
@@ -104,7 +110,7 @@ class BackwardPass {
         units_{args.hidden_size, 1},
         outputs_{args.output_size, 1},
         mine_(share_of(args, choice, worker, units_, outputs_)) {
-    planes_ = Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0);
+    planes_ = Cell::kSaved + Cell::kStates - 1 + kNormPlanes<Cell> + (args.w_hr ? 1 : 0);
   }
 
   // Packs the loop's weights (shared: a barrier follows) and starts the carried gradients.

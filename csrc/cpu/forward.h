@@ -53,6 +53,7 @@ class ForwardPass {
         wait_for(args_.leader, worker_, step + chunk.size());
         count_rows(chunk);
         if (!panel_by_panel_) project_inputs(chunk);
+        if constexpr (kNormsGates<Cell>) norm_inputs(chunk);
       }
       if (args_.reset) reset_states(t, s_.h[current]);
       const int64_t first = own_before_[t - chunk.begin];
@@ -267,7 +268,8 @@ class ForwardPass {
 
   // `count` rows of x into rows first, first + every, ... of gx.
   void input_product(int64_t p, const Operand& x, int64_t count, int64_t first, int64_t every) {
-    gate_product(p, count, args_.input_size, x, s_.w_ih, args_.w_ih, args_.b_ih ? s_.b_ih : nullptr,
+    gate_product(p, count, args_.input_size, x, s_.w_ih, args_.w_ih,
+                 args_.b_ih && !kNormsGates<Cell> ? s_.b_ih : nullptr,
                  gx_ + first * gx_row_ + gates_.offset(p), every * gx_row_);
   }
 
@@ -305,6 +307,13 @@ class ForwardPass {
                Operands<acc_t, weight_t>{k_size, a.rows, a.row, 1, panel, vectors * kLanes, start,
                                          0, out, out_row});
     }
+  }
+
+  void norm_inputs(Range chunk) {
+    const int64_t b = mine_.rows.begin;
+    for (int64_t t = chunk.begin; t < chunk.end; ++t)
+      StagedForward<Cell, Format>(args_, s_).norm_inputs(
+          t, {b, b + own_rows(t)}, gx_ + own_before_[t - chunk.begin] * gx_row_);
   }
 
   // Step t of a cell with stages, whose workers own rows.

@@ -94,6 +94,7 @@ class GradientPass {
     }
     add_product(part_of(args_.output_size, worker_.index, worker_.count), s_.dh_steps,
                 args_.output_size, m);
+    if constexpr (kNormsGates<Cell>) return sum_biases(first);
     if (args_.db_ih) sum_rows(gates, rows, first, s_.dgx, s_.gate_row, args_.db_ih);
     if (args_.db_hh && (Cell::kSplitGates || !args_.db_ih)) {
       sum_rows(gates, rows, first, s_.dgh, s_.gate_row, args_.db_hh);
@@ -177,6 +178,18 @@ class GradientPass {
       drop_h(args_, cursor.step_row(k), outputs_.first(p), outputs_.valid(p), row, row);
   }
 
+  // Of normalised gates: what the loop summed over the chunk's steps, over the batch.
+  void sum_biases(bool first) {
+    constexpr int kBehind = Cell::kGates + kNormParameters<Cell>;
+    const auto sum = [&](int count, int64_t from, scalar_t* out) {
+      if (out)
+        sum_rows(part_of(count * args_.hidden_size, worker_.index, worker_.count), args_.batch,
+                 first, s_.sums + from * args_.hidden_size, s_.sum_row, out);
+    };
+    sum(Cell::kGates, 0, args_.db_ih);
+    sum(kBehind, Cell::kGates, args_.db_hh);
+  }
+
   // Adds the values of the chunk's rows to out (or to nothing, if first): in partial sums of 64
   // rows, a few vectors side by side, since a row's neighbours lie in the same cache lines.
   // value(k, m, left) are the `left` columns from m of row k.
@@ -251,6 +264,7 @@ void run_loop(const BackwardArgs<scalar_t>& args, const BackwardScratch<scalar_t
     const Range chunk = chunk_of(args, t, down, kBackwardChunkRows);
     wait_for(args.leader, worker, steps += chunk.size());
     const int64_t base = first_row(args, chunk.begin);
+    if constexpr (kNormsGates<Cell>) loop.begin_chunk();
     for (int64_t i = 0; i < chunk.size(); ++i) {
       const int64_t at = down ? chunk.end - 1 - i : chunk.begin + i;
       const bool is_first_step = at == (args.reverse ? args.seq_len - 1 : 0);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "forward_scratch.h"
+#include "norm.h"
 #include "units.h"
 
 namespace rnnfast::RNNFAST_TARGET {
@@ -22,12 +23,18 @@ class StagedForward {
         s_(scratch),
         free_(gate_panels<Cell, scalar_t>(args.hidden_size, kFreeGatesOf<Cell>)),
         linked_(gate_panels<Cell, scalar_t>(args.hidden_size, kLinkedGatesOf<Cell>)),
-        planes_(Cell::kSaved + Cell::kStates - 1) {}
+        planes_(Cell::kSaved + Cell::kStates - 1 + kNormPlanes<Cell>) {}
 
   // A share of the panels of w_hh; those of w_ih and the biases are packed as always.
   void pack(const Worker& worker) const {
-    pack_part(worker, free_, args_.w_hh, s_.w_hh_out);
-    pack_part(worker, linked_, linked_weights(), s_.w_link_out);
+    if constexpr (kDense) pack_part(worker, free_, args_.w_hh, s_.w_hh_out);
+    if constexpr (kLinked) pack_part(worker, linked_, linked_weights(), s_.w_link_out);
+  }
+
+  // The input side of step t of the rows of the batch in `rows`, in place.
+  void norm_inputs(int64_t t, Range rows, scalar_t* gx) const {
+    for (int64_t b = rows.begin; b < rows.end; ++b, gx += s_.gx_row)
+      norm_gates(first_row(args_, t) + b, 0, args_.b_ih, gx);
   }
 
   // Step t of the rows of the batch in `rows`; gx: of the first of them. `back`: panels from the
@@ -35,20 +42,55 @@ class StagedForward {
   void step(int64_t t, Range rows, const scalar_t* gx, const scalar_t* h, scalar_t* h_next,
             bool back) const {
     const int64_t size = args_.hidden_size;
-    const scalar_t* bias = args_.b_hh ? s_.b_hh : nullptr;
+    // What is normalised has its bias added behind that.
+    const scalar_t* bias = args_.b_hh && !kNormsGates<Cell> ? s_.b_hh : nullptr;
     scalar_t* gh = s_.gh + rows.begin * s_.gx_row;
-    product(free_, rows.size(), h + rows.begin * s_.h_row, s_.w_hh, args_.w_hh, bias, gh, back);
-    for (int64_t b = rows.begin; b < rows.end; ++b)
-      begin_row(b, gx + (b - rows.begin) * s_.gx_row, h + b * s_.h_row);
-    if constexpr (kLinkOf<Cell> == Link::kProduct)
+    if constexpr (kDense)
+      product(free_, rows.size(), h + rows.begin * s_.h_row, s_.w_hh, args_.w_hh, bias, gh, back);
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      const scalar_t* gx_row = gx + (b - rows.begin) * s_.gx_row;
+      if constexpr (kNormsHidden<Cell>)
+        norm_gates(first_row(args_, t) + b, 1, args_.b_hh, s_.gh + b * s_.gx_row);
+      if constexpr (kLinkOf<Cell> != Link::kNone) begin_row(b, gx_row, h + b * s_.h_row);
+      if constexpr (kLinkOf<Cell> == Link::kNorm) {
+        scalar_t* link = s_.link + b * s_.h_row;
+        normalise(link, size, norm_parameter(kNormPlanes<Cell>),
+                  norm_parameter(kNormPlanes<Cell> + 1), link);
+      }
+      if constexpr (!kLinked) finish_row(t, b, gx_row, h + b * s_.h_row, h_next + b * s_.h_row);
+    }
+    if constexpr (kLinked) {
       product(linked_, rows.size(), s_.link + rows.begin * s_.h_row, s_.w_link, linked_weights(),
               bias ? bias + free_.units : nullptr, gh + kFreeGatesOf<Cell> * size, back);
-    for (int64_t b = rows.begin; b < rows.end; ++b)
-      finish_row(t, b, gx + (b - rows.begin) * s_.gx_row, h + b * s_.h_row, h_next + b * s_.h_row);
+      for (int64_t b = rows.begin; b < rows.end; ++b)
+        finish_row(t, b, gx + (b - rows.begin) * s_.gx_row, h + b * s_.h_row,
+                   h_next + b * s_.h_row);
+    }
   }
 
  private:
   static constexpr int64_t kLanes = lanes_of<scalar_t>;
+  static constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
+  static constexpr bool kLinked = kLinkOf<Cell> == Link::kProduct;
+
+  // The k-th of those behind the bias, each of a number a unit; null: there are none.
+  const scalar_t* norm_parameter(int k) const {
+    return args_.b_hh ? args_.b_hh + (Cell::kGates + k) * args_.hidden_size : nullptr;
+  }
+
+  // A side of the gates (0: of the input) of a row of the layer, in place; as it was, it is kept.
+  void norm_gates(int64_t row, int side, const scalar_t* bias, scalar_t* gates) const {
+    const int64_t size = args_.hidden_size;
+    if (args_.saved)
+      __builtin_memcpy(
+          args_.saved + (row * planes_ + planes_ - kNormPlanes<Cell> + side * Cell::kGates) * size,
+          gates, Cell::kGates * size * sizeof(scalar_t));
+    const scalar_t* gain = norm_parameter(side * Cell::kGates);
+    for_norm_groups<Cell>(size, [&](int64_t begin, int64_t count) {
+      normalise(gates + begin, count, gain ? gain + begin : nullptr, bias ? bias + begin : nullptr,
+                gates + begin);
+    });
+  }
 
   const scalar_t* linked_weights() const { return args_.w_hh + free_.units * args_.output_size; }
 
@@ -113,7 +155,7 @@ class StagedForward {
   void finish_row(int64_t t, int64_t b, const scalar_t* gx, const scalar_t* h,
                   scalar_t* h_next) const {
     const int64_t size = args_.hidden_size, row = first_row(args_, t) + b;
-    const scalar_t* gh = s_.gh + b * s_.gx_row;
+    const scalar_t *gh = s_.gh + b * s_.gx_row, *link = s_.link + b * s_.h_row;
     scalar_t* y = args_.y ? args_.y + row * size : nullptr;
     scalar_t* h_n = is_last(args_, t, b) ? args_.h_n + b * size : nullptr;
     scalar_t* saved = args_.saved ? args_.saved + row * planes_ * size : nullptr;
@@ -122,9 +164,17 @@ class StagedForward {
       W gates_x[Cell::kGates], gates_h[Cell::kGates], state[Cell::kStates];
       W kept[at_least_one<Cell::kSaved>];
       load_gates(gx, unit, gates_x);
-      load_gates(gh, unit, gates_h);
       load_states(h, b, unit, left, state);
-      cell_.finish(gates_x, gates_h, state, kept);
+      if constexpr (kDense) {
+        load_gates(gh, unit, gates_h);
+      } else {
+        gates_h[0] = load_units<W>(args_.w_hh + unit, left) * state[0];
+        if (args_.b_hh) gates_h[0] += load_units<W>(args_.b_hh + unit, left);
+      }
+      if constexpr (kLinkOf<Cell> == Link::kNone)
+        cell_.forward(gates_x, gates_h, state, kept);
+      else
+        cell_.finish(gates_x, gates_h, load_whole<W>(link + unit), state, kept);
       store_whole(h_next + unit, state[0]);
       if (y) store_units(y + unit, state[0], left);
       if (h_n) store_units(h_n + unit, state[0], left);

@@ -3,6 +3,7 @@
 // after the loop.
 #pragma once
 
+#include "norm.cuh"
 #include "onchip_launch.h"
 #include "rows.cuh"
 #include "schedule.h"
@@ -24,7 +25,7 @@ class BackwardPass {
         schedule_(args, choice.chunk_steps),
         onchip_(args, choice.tile, arena),
         gate_rows_(Cell::kGates * args.hidden_size),
-        planes_(Cell::kSaved + Cell::kStates - 1 + (args.w_hr ? 1 : 0)),
+        planes_(Cell::kSaved + Cell::kStates - 1 + kNormPlanes<Cell> + (args.w_hr ? 1 : 0)),
         plain_(!args.reset && !args.h0 && !args.batch_sizes && !args.masks.h_kept),
         keeps_h_(kHasHidden && args.dw_hh && !plain_) {
     const int64_t N = args.rows, H = args.hidden_size, P = args.output_size, B = args.batch;
@@ -43,9 +44,19 @@ class BackwardPass {
       dh_whole_ = arena.take<acc_t>(B * H);
       if (args.dw_hr) m_ = arena.take<scalar_t>(N * H);
     }
-    if constexpr (kHasStages<Cell>) {
-      dlink_ = arena.take<acc_t>(B * H);
-      if (kLinkedGatesOf<Cell> > 0 && args.dw_hh) links_ = arena.take<scalar_t>(N * H);
+    if constexpr (kLinkOf<Cell> != Link::kNone) dlink_ = arena.take<acc_t>(B * H);
+    if (kLinkOf<Cell> == Link::kProduct && args.dw_hh) links_ = arena.take<scalar_t>(N * H);
+    if constexpr (kLinkOf<Cell> == Link::kNorm) {
+      linked_ = arena.take<acc_t>(B * H);
+      for (auto*& of_link : dnorm_link_) of_link = arena.take<scalar_t>(N * H);
+    }
+    if constexpr (kNormsGates<Cell>) {
+      seen_x_ = arena.take<scalar_t>(N * gate_rows_);
+      dgain_x_ = arena.take<scalar_t>(N * gate_rows_);
+    }
+    if constexpr (kNormsHidden<Cell>) {
+      seen_h_ = kLinkOf<Cell> == Link::kNone ? arena.take<scalar_t>(N * gate_rows_) : seen_x_;
+      dgain_h_ = arena.take<scalar_t>(N * gate_rows_);
     }
     slice_ = std::max<int64_t>(64, (N + kMostSlices - 1) / kMostSlices);
     parts_ = arena.take<acc_t>((N + slice_ - 1) / slice_ *
@@ -108,13 +119,18 @@ class BackwardPass {
     p.u = args_.w_hh;
     if (kParametersOf<Cell> > 0 && args_.b_hh) p.parameters = args_.b_hh + gate_rows_;
     p.dp = dp_ + rows.first_row * kParametersOf<Cell> * H;
-    p.dgx = dgx_ + rows.first_row * gate_rows_;
-    p.dgh = dgh_ + rows.first_row * gate_rows_;
+    p.dgx = (kNormsGates<Cell> ? seen_x_ : dgx_) + rows.first_row * gate_rows_;
+    p.dgh = (kNormsHidden<Cell> ? seen_h_ : dgh_) + rows.first_row * gate_rows_;
     p.h_entered = keeps_h_ && !args_.w_hr ? h_entered_ + rows.first_row * P : nullptr;
-    if constexpr (kHasStages<Cell>)
+    if constexpr (kLinkOf<Cell> != Link::kNone)
       staged_step(stage, p, rows, index > 0);
     else
       stage.launch("backward_steps", backward_steps<Cell, scalar_t>, p, rows.rows, H, index > 0);
+    if constexpr (kNormsGates<Cell>) {
+      const StepRows all = schedule_.all(earliest, order + 1);
+      norm_gates(stage, all, 0, seen_x_, dgx_, dgain_x_);
+      if constexpr (kNormsHidden<Cell>) norm_gates(stage, all, 1, seen_h_, dgh_, dgain_h_);
+    }
 
     // The way back through w_hh, for the step before and for h0.
     if (kDense && args_.masks.h_kept)
@@ -168,7 +184,9 @@ class BackwardPass {
       stage.launch("copy_rows", copy_rows<acc_t, scalar_t>, p, N, H);
       stage.columns_by_columns(P, H, N, dm_, P, m_, H, args_.dw_hr);
     }
-    if (Cell::kSplitGates) {
+    if constexpr (kNormsGates<Cell>) {
+      sum_norms(stage);
+    } else if (Cell::kSplitGates) {
       if (args_.db_ih) sum_columns(stage, N, gate_rows_, dgx_, nullptr, args_.db_ih, nullptr);
       if (args_.db_hh) sum_columns(stage, N, gate_rows_, dgh_, nullptr, args_.db_hh, nullptr);
     } else if (args_.db_ih || args_.db_hh) {
@@ -185,16 +203,82 @@ class BackwardPass {
   static constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
   static constexpr int64_t kMostSlices = 512;
 
+  // The k-th of those behind the bias, each of a number a unit.
+  const scalar_t* norm_parameter(int k) const {
+    return args_.b_hh ? args_.b_hh + (Cell::kGates + k) * args_.hidden_size : nullptr;
+  }
+  // From the gradients of what the cell saw to those of the products, and to those of gains.
+  void norm_gates(Stage& stage, const StepRows& rows, int side, const scalar_t* seen,
+                  scalar_t* gates, scalar_t* dgain) const {
+    const int64_t H = args_.hidden_size, at = rows.first_row * gate_rows_;
+    NormBackwardRows<scalar_t, scalar_t> p{};
+    p.groups[0] = Cell::kNormGroups.first * H;
+    p.groups[1] = Cell::kNormGroups.second * H;
+    p.x_row = planes_ * H;
+    p.x = args_.saved + rows.first_row * p.x_row +
+          (planes_ - kNormPlanes<Cell> + side * Cell::kGates) * H;
+    p.gain = norm_parameter(side * Cell::kGates);
+    p.dy = seen + at;
+    p.dx = gates + at;
+    p.dgain = dgain + at;
+    stage.launch_blocks("norm_backward_rows", norm_backward_rows<scalar_t, scalar_t>, p, rows.rows,
+                        kNormThreads, kNormShared<acc_t>);
+  }
+  // The biases, and what stands behind them.
+  void sum_norms(Stage& stage) {
+    const int64_t N = args_.rows, H = args_.hidden_size;
+    if (args_.db_ih) sum_columns(stage, N, gate_rows_, seen_x_, nullptr, args_.db_ih, nullptr);
+    scalar_t* to = args_.db_hh;
+    if (!to) return;
+    const auto sum = [&](const scalar_t* from, int64_t columns) {
+      sum_columns(stage, N, columns, from, nullptr, to, nullptr);
+      to += columns;
+    };
+    sum(kNormsHidden<Cell> ? seen_h_ : dgh_, gate_rows_);
+    sum(dgain_x_, gate_rows_);
+    if constexpr (kNormsHidden<Cell>) sum(dgain_h_, gate_rows_);
+    if constexpr (kLinkOf<Cell> == Link::kNorm)
+      for (const scalar_t* of_link : dnorm_link_) sum(of_link, H);
+  }
+
   // The halves of a cell with stages, the second one first.
   void staged_step(Stage& stage, const BackwardSteps<scalar_t>& steps, const StepRows& rows,
                    bool after_product) {
     const int64_t H = args_.hidden_size, free = kFreeGatesOf<Cell> * H;
-    StagedBackward<scalar_t> p{steps, dlink_, links_ ? links_ + rows.first_row * H : nullptr};
+    StagedBackward<scalar_t> p{steps, dlink_, linked_,
+                               links_ ? links_ + rows.first_row * H : nullptr};
+    // The link is the last state.
+    const acc_t* link = steps.saved + (Cell::kSaved + Cell::kStates - 2) * H;
+    const scalar_t* gain = norm_parameter(kNormPlanes<Cell>);
+    if constexpr (kLinkOf<Cell> == Link::kNorm)
+      stage.launch_blocks("norm_rows", norm_rows<scalar_t>,
+                          NormRows<scalar_t>{{H, 0},
+                                             rows.rows,
+                                             nullptr,
+                                             link,
+                                             planes_ * H,
+                                             linked_,
+                                             nullptr,
+                                             0,
+                                             gain,
+                                             norm_parameter(kNormPlanes<Cell> + 1)},
+                          rows.rows, kNormThreads, kNormShared<acc_t>);
     stage.launch("finish_backward", finish_backward<Cell, scalar_t>, p, rows.rows, H,
                  after_product);
     if constexpr (kLinkOf<Cell> == Link::kProduct)
       stage.rows_by_columns(rows.rows, H, kLinkedGatesOf<Cell> * H, steps.dgx + free, gate_rows_,
                             args_.w_hh + free * H, dlink_);
+    else
+      stage.launch_blocks("norm_backward_rows", norm_backward_rows<scalar_t, acc_t>,
+                          NormBackwardRows<scalar_t, acc_t>{{H, 0},
+                                                            link,
+                                                            planes_ * H,
+                                                            gain,
+                                                            dlink_,
+                                                            dlink_,
+                                                            dnorm_link_[0] + rows.first_row * H,
+                                                            dnorm_link_[1] + rows.first_row * H},
+                          rows.rows, kNormThreads, kNormShared<acc_t>);
     stage.launch("begin_backward", begin_backward<Cell, scalar_t>, p, rows.rows, H, true);
   }
 
@@ -309,7 +393,12 @@ class BackwardPass {
   int64_t gate_rows_, planes_, slice_;
   bool plain_, keeps_h_;  // whether h as it entered is y of the step before; whether it is kept
   scalar_t *dgx_, *dgh_, *dp_, *h_entered_, *dm_ = nullptr, *m_ = nullptr, *links_ = nullptr;
-  acc_t *dh_, *dc_, *dh_entered_, *dh_whole_ = nullptr, *parts_, *dlink_ = nullptr;
+  // Of gates that are normalised: the gradients of what the cell saw, and of gains, row by row; of
+  // a link gain and bias.
+  scalar_t *seen_x_ = nullptr, *seen_h_ = nullptr, *dgain_x_ = nullptr, *dgain_h_ = nullptr;
+  scalar_t* dnorm_link_[2] = {};
+  acc_t *dh_, *dc_, *dh_entered_, *dh_whole_ = nullptr, *parts_, *dlink_ = nullptr,
+                                  *linked_ = nullptr;
 };
 
 }  // namespace

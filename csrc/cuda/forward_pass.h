@@ -2,6 +2,7 @@
 // then for each step a product with w_hh and the pointwise kernel, or all of them on chip.
 #pragma once
 
+#include "norm.cuh"
 #include "onchip_launch.h"
 #include "rows.cuh"
 #include "schedule.h"
@@ -25,7 +26,12 @@ class ForwardPass {
     const int64_t H = args.hidden_size, B = args.batch;
     gx_ = arena.take<acc_t>(std::min(args.rows, choice.chunk_steps * B) * gate_rows_);
     gh_ = arena.take<acc_t>(!kDense || onchip_ ? 0 : B * gate_rows_);
-    if constexpr (kHasStages<Cell>) link_ = arena.take<scalar_t>(B * H);
+    if constexpr (kLinkOf<Cell> == Link::kProduct) {
+      link_ = arena.take<scalar_t>(B * H);
+      linked_ = gh_ + B * kFreeGatesOf<Cell> * H;
+    } else if constexpr (kLinkOf<Cell> == Link::kNorm) {
+      linked_ = arena.take<acc_t>(B * H);
+    }
     m_ = arena.take<scalar_t>(args.w_hr ? B * H : 0);
     h_dropped_ = arena.take<scalar_t>(args.masks.h_kept ? B * args.output_size : 0);
     carry_ = arena.take<acc_t>((Cell::kStates - 1 + (kWideH || onchip_)) * B * H);
@@ -39,6 +45,7 @@ class ForwardPass {
     stage.rows_by_rows(rows.rows, gate_rows_, args_.input_size,
                        args_.x.data + rows.first_row * args_.x.row_stride, args_.x.row_stride,
                        args_.w_ih, gx_);
+    if constexpr (kNormsGates<Cell>) norm_gates(stage, rows, 0, rows.rows, gx_);
   }
 
   // The step `order` and those that one launch takes with it, below `end`; their number.
@@ -49,6 +56,8 @@ class ForwardPass {
     const int64_t H = args_.hidden_size, P = args_.output_size;
     const scalar_t* before = order > 0 ? args_.y + schedule_.at(order - 1).first_row * P : nullptr;
     const bool product = kDense && multiply(stage, rows, before);
+    if constexpr (kNormsHidden<Cell>)
+      norm_gates(stage, rows, 1, args_.h0 ? rows.rows : rows.before, gh_);
 
     ForwardSteps<scalar_t> p{};
     p.options = args_.options;
@@ -75,10 +84,10 @@ class ForwardPass {
     p.y = args_.w_hr ? m_ : args_.y + rows.first_row * P;
     p.h_n = args_.w_hr ? nullptr : args_.h_n;
     p.c_n = args_.c_n;
-    p.planes = Cell::kSaved + Cell::kStates - 1 + (args_.w_hr ? 1 : 0);
+    p.planes = kPlanes + (args_.w_hr ? 1 : 0);
     p.saved = args_.saved ? args_.saved + rows.first_row * p.planes * H : nullptr;
     p.projected = args_.w_hr != nullptr;
-    if constexpr (kHasStages<Cell>)
+    if constexpr (kLinkOf<Cell> != Link::kNone)
       staged_step(stage, p, product);
     else
       stage.launch("forward_steps", forward_steps<Cell, scalar_t>, p, rows.rows, H, product);
@@ -93,15 +102,56 @@ class ForwardPass {
   static constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
   static constexpr bool kWideH = ForwardUnit<Cell, scalar_t>::kWideH;
   static constexpr bool kHasTiles = has_tiles<Cell, scalar_t>();
+  // Kept for backward, but for h before a projection.
+  static constexpr int kPlanes = Cell::kSaved + Cell::kStates - 1 + kNormPlanes<Cell>;
+
+  // The k-th of those behind the bias, each of a number a unit.
+  const scalar_t* norm_parameter(int k) const {
+    return args_.b_hh ? args_.b_hh + (Cell::kGates + k) * args_.hidden_size : nullptr;
+  }
+  void norm(Stage& stage, const NormRows<scalar_t>& p, int64_t rows) const {
+    stage.launch_blocks("norm_rows", norm_rows<scalar_t>, p, rows, kNormThreads,
+                        kNormShared<acc_t>);
+  }
+  // A side of the gates (0: of the input), in place; as it was, it is kept.
+  void norm_gates(Stage& stage, const StepRows& rows, int side, int64_t valid, acc_t* gates) const {
+    const int64_t H = args_.hidden_size, row = kPlanes * H;
+    NormRows<scalar_t> p{};
+    p.groups[0] = Cell::kNormGroups.first * H;
+    p.groups[1] = Cell::kNormGroups.second * H;
+    p.valid = valid;
+    p.reset = side && args_.reset ? args_.reset + rows.first_row : nullptr;
+    p.from = p.to = gates;
+    p.from_row = gate_rows_;
+    p.kept_row = row;
+    if (args_.saved)
+      p.kept = args_.saved + rows.first_row * row +
+               (kPlanes - kNormPlanes<Cell> + side * Cell::kGates) * H;
+    p.gain = norm_parameter(side * Cell::kGates);
+    norm(stage, p, rows.rows);
+  }
 
   // The halves of a cell with stages, and what stands between.
   void staged_step(Stage& stage, const ForwardSteps<scalar_t>& steps, bool after_product) {
     const int64_t H = args_.hidden_size, free = kFreeGatesOf<Cell> * H;
-    const StagedForward<scalar_t> p{steps, gh_, link_, gh_ + args_.batch * free};
+    const StagedForward<scalar_t> p{steps, gh_, link_, linked_};
     stage.launch("begin_forward", begin_forward<Cell, scalar_t>, p, steps.rows, H, after_product);
     if constexpr (kLinkOf<Cell> == Link::kProduct)
       stage.rows_by_rows(steps.rows, kLinkedGatesOf<Cell> * H, H, link_, H, args_.w_hh + free * H,
                          p.linked);
+    else
+      norm(stage,
+           {{H, 0},
+            steps.rows,
+            nullptr,
+            linked_,
+            H,
+            linked_,
+            nullptr,
+            0,
+            norm_parameter(kNormPlanes<Cell>),
+            norm_parameter(kNormPlanes<Cell> + 1)},
+           steps.rows);
     stage.launch("finish_forward", finish_forward<Cell, scalar_t>, p, steps.rows, H, true);
   }
 
@@ -170,7 +220,7 @@ class ForwardPass {
   Schedule schedule_;
   OnchipRun onchip_;
   int64_t gate_rows_, chunk_row_ = 0;
-  acc_t *gx_, *gh_, *carry_;
+  acc_t *gx_, *gh_, *carry_, *linked_ = nullptr;
   scalar_t *m_, *h_dropped_, *link_ = nullptr;
 };
 
