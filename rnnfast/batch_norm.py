@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -194,6 +194,17 @@ class BatchNormLSTM(nn.Module):
         """Running means of 0 and variances of 1, for all steps."""
         for name, buffer in self.named_buffers():
             buffer.fill_(1.0 if name.startswith("running_var") else 0.0)
+
+    if TYPE_CHECKING:  # torch.nn's says Any
+
+        def __call__(
+            self,
+            input: Form,
+            hx: States | None = None,
+            reset: Tensor | None = None,
+            lengths: Tensor | None = None,
+            mask: Tensor | None = None,
+        ) -> tuple[Form, States]: ...
 
     def forward(
         self,

@@ -24,7 +24,7 @@ def mode_of(who: str, forget: Any) -> str:
 
 
 class SLSTM(SLSTMCalls):
-    r"""sLSTM: an LSTM with an exponential input gate, normalised, of one head or several.
+    r"""The sLSTM: an LSTM with an exponential input gate, normalised, of one head or several.
 
     .. math::
         \begin{array}{ll}
@@ -165,7 +165,9 @@ class SLSTM(SLSTMCalls):
         return bias.repeat(self.num_heads)
 
     def reset_parameters(self) -> None:
-        r"""Draw the initial weights anew: uniform, as torch.nn's, and the forget gate's bias by
+        r"""Draw the initial weights anew.
+
+        They are uniform, as torch.nn's, but for the forget gate's bias:
 
         .. math::
             b_{if} = 5 - 12 \left(\frac{k}{H/n - 1}\right)^{0.3 + 1.3\,l/(L - 1)}, \qquad b_{hf} = 0

@@ -36,7 +36,7 @@ def slstm(
     input_dropout: float = 0.0,
     return_last: bool = False,
 ) -> tuple[Form, FourStates]:
-    r"""sLSTM (Beck et al. 2024, arXiv:2405.04517), without a module.
+    r"""The sLSTM (Beck et al. 2024, arXiv:2405.04517), without a module.
 
     As :class:`rnnfast.SLSTM`.
 

@@ -275,6 +275,7 @@ def test_other_derivatives(kind: str) -> None:
 def test_compiled(kind: str) -> None:
     layer, x, _ = case(kind, torch.float32, activation="elu")
     inputs = [x, *layer.parameters()]
+    torch._dynamo.reset()  # each kind of layer is one more version of the same code
     graph = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for f in (layer, graph):
         y, _ = f(x)

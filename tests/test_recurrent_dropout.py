@@ -209,6 +209,7 @@ def test_in_graphs(kind: str) -> None:
     torch._dynamo.reset()
     layer = make(kind, num_layers=2, bidirectional=True)
     x, n = torch.randn(T, B, 5, dtype=f64, requires_grad=True), torch.tensor([2, 6, 1, 4])
+    torch._dynamo.reset()  # each kind of layer is one more version of the same code
     traced = torch.compile(layer, fullgraph=True, backend="aot_eager")
     same(results(layer, traced, x), results(layer, layer, x))
     packed = pack_padded_sequence(x, n, enforce_sorted=False)
@@ -235,6 +236,7 @@ def test_inductor_and_checkpoints() -> None:
         return layer(x, h0)[0]
 
     for call in (run, lambda h0: checkpoint(run, h0, use_reentrant=False)):
+        torch._dynamo.reset()  # each kind of layer is one more version of the same code
         traced = torch.compile(call, fullgraph=True)
         y = seeded(traced, h0)
         same([seeded(traced, h0)], [y], exact=True)

@@ -117,6 +117,7 @@ def check_compiled(layer: Any, x: Tensor) -> None:
     """One graph, forward and backward."""
     inputs = [x, *layer.parameters()]
     eager = results(*layer(x), inputs)
+    torch._dynamo.reset()  # each kind of layer is one more version of the same code
     graph = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for a, b in zip(results(*graph(x), inputs), eager, strict=True):
         torch.testing.assert_close(a, b)
