@@ -310,8 +310,9 @@ def run(
             raise RuntimeError("rnnfast: zoneout has no form with a projection (proj_size)")
     if options.recurrent_dropout and (not spec.dense or spec.stages):
         raise RuntimeError(
-            "rnnfast: recurrent_dropout drops h on its one way into W_hh, a matrix, which a layer "
-            f"of the cell {spec.name} has not; it must be 0, got {options.recurrent_dropout!r}"
+            "rnnfast: recurrent_dropout drops h where it enters W_hh, a matrix, in a step of one "
+            f"product and a pointwise function, which the cell {spec.name} has not; it must be 0, "
+            f"got {options.recurrent_dropout!r}"
         )
     if options.weight_dropout:
         each = len(weights) // (num_layers * directions * spec.heads)

@@ -285,7 +285,7 @@ def quantize(model: _Model, *, exclude: Iterable[str] = ()) -> Any:
     alone (the logger ``"rnnfast"`` tells). The weights can't be trained any more, and
     ``state_dict`` holds the bytes and scales. Input and states are float32 whatever the dtype of
     the layer was; hooks of a swapped layer are lost, and so are ``recompute=True``,
-    ``weight_dropout`` and ``input_dropout``, which are about training.
+    ``weight_dropout``, ``input_dropout`` and ``recurrent_dropout``, which are about training.
 
     Args:
         model: a model, or a single layer

@@ -302,11 +302,10 @@ def test_what_is_no_probability_raises() -> None:
 
 def test_what_has_no_meaning_raises() -> None:
     x = torch.randn(T, B, 5)
-    for layer in (rnnfast.IndRNN(5, 9), rnnfast.MinGRU(5, 9), rnnfast.GRU(5, 9, reset_after=False)):
+    staged = (rnnfast.GRU(5, 9, reset_after=False), rnnfast.LSTM(5, 9, layer_norm=True))
+    for layer in (rnnfast.IndRNN(5, 9), rnnfast.MinGRU(5, 9), *staged):
         layer.recurrent_dropout = 0.5
-        with pytest.raises(
-            RuntimeError, match="recurrent_dropout drops h on its one way into W_hh"
-        ):
+        with pytest.raises(RuntimeError, match="recurrent_dropout drops h where it enters W_hh"):
             layer(x)
         layer.eval()(x)
     gru = rnnfast.GRU(5, 9, recurrent_dropout=0.5)

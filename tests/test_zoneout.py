@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import works
 from plain_loop import pair, results, results_of_loop
 from test_modules import leaves_of
 from test_regularize import same, seeded
@@ -269,12 +270,17 @@ def test_in_graphs(kind: str, training: bool) -> None:
         same(got, results(layer, layer, spoilt, lengths=n))
 
 
-def test_inductor() -> None:
-    """Masks of Inductor's own: each entry of h is the one before or a new one, and a state that
-    stayed at all steps gives no gradient."""
+@works.row(
+    "Compilers and export",
+    "`zoneout` in `torch.compile(fullgraph=True)`, training: masks inside the recurrence, by seed",
+    torch_nn="no such option",
+    error="unexpected keyword argument 'zoneout'",
+    cuda=False,
+)
+def test_inductor(library: Any, device: torch.device) -> None:
+    """Masks of Inductor's own: each entry of h is the one before or a new one."""
     torch._dynamo.reset()
-    layer = rnnfast.GRU(5, 9, zoneout=0.5, dtype=f64)
-    torch._dynamo.reset()  # each kind of layer is one more version of the same code
+    layer = library.GRU(5, 9, zoneout=0.5, dtype=f64)
     traced = torch.compile(layer, fullgraph=True)
     x = torch.randn(40, B, 5, dtype=f64)
     y = traced(x)[0]
@@ -283,6 +289,18 @@ def test_inductor() -> None:
     same([seeded(traced, x)[0]], [seeded(traced, x)[0]], exact=True)
     y.sum().backward()
     assert bool(layer.weight_hh_l0.grad.isfinite().all())
+
+
+def test_exported_and_truncated() -> None:
+    """The expectation in an exported program of any T; each chunk of a long sequence draws."""
+    layer = rnnfast.LSTM(5, 9, 2, zoneout=(0.1, 0.5), dtype=f64).eval()
+    x = torch.randn(11, B, 5, dtype=f64)
+    with torch.no_grad():
+        dynamic = {"input": {0: torch.export.Dim("steps", min=2)}}
+        program = torch.export.export(layer, (x[:T],), dynamic_shapes=dynamic)
+        same([program.module()(x)[0]], [layer(x)[0]])
+        chunks = list(rnnfast.truncated(layer, x, steps=4))
+        same([torch.cat([y for y, _ in chunks])], [layer(x)[0]])
 
 
 def test_transforms() -> None:
@@ -390,7 +408,8 @@ def test_what_has_no_meaning_raises() -> None:
     layer.zoneout = 0.1
     with pytest.raises(RuntimeError, match="zoneout has no form with a projection"):
         layer(torch.randn(T, B, 5))
-    for other in (rnnfast.IndRNN(5, 9), rnnfast.MinGRU(5, 9)):
+    normed = rnnfast.GRU(5, 9, layer_norm=True)
+    for other in (rnnfast.IndRNN(5, 9), rnnfast.MinGRU(5, 9), normed):
         other.zoneout = 0.1
         with pytest.raises(RuntimeError, match="zoneout is for the cells of LSTM, GRU and RNN"):
             other(torch.randn(T, B, 5))

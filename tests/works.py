@@ -41,6 +41,7 @@ FILES: tuple[str, ...] = (
     "test_lengths",
     "test_mask",
     "test_return_last",
+    "test_zoneout",
     "test_load_cell",
     "test_onnx_export",
 )
