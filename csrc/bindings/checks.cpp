@@ -85,7 +85,7 @@ const char* dtype_text(ScalarType dtype) {
 
 const CellInfo& checked_cell(int64_t cell) {
   const int id = id_of_code(cell);
-  if (is_own_cell(cell)) {
+  if (cell >= 0 && is_own_cell(cell)) {
     if (id < 0)
       fail("cell " + std::to_string(cell) +
            " is one of rnnfast.load_cell that is not loaded here: it runs in the CPU engine, of "
