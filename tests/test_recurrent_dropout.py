@@ -312,6 +312,10 @@ def test_what_has_no_meaning_raises() -> None:
     with pytest.raises(RuntimeError, match="recurrent_dropout has one mask a sequence"):
         gru.step(x[0])
     gru.eval().step(x[0])
+
+
+def test_quantized_lazy_and_restored_layers() -> None:
+    x, gru = torch.randn(T, B, 5), rnnfast.GRU(5, 9, recurrent_dropout=0.5)
     quantized = rnnfast.quantize(gru).train()
     torch.testing.assert_close(quantized(x), quantized(x), rtol=0, atol=0)
     lazy = rnnfast.LazyGRU(9, recurrent_dropout=0.3)
