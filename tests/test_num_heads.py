@@ -316,6 +316,31 @@ def test_options_around_the_cell(kind: str) -> None:
     same(flat(*layer(packed, hx)), flat(*twin(packed, hx)))
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LSTM", {"peephole": True}),
+        ("LSTM", {"peephole": True, "bias": False, "num_layers": 2}),
+        ("LSTM", {"coupled": True, "bidirectional": True}),
+        ("GRU", {"reset_after": False, "num_layers": 2}),
+    ],
+    ids=str,
+)
+def test_other_cells(kind: str, options: dict[str, Any]) -> None:
+    layer = make(kind, **options)
+    plain = KINDS[kind][0](7, 12, **options, dtype=f64)
+    gates = layer.weight_ih_l0.size(0) // 12
+    weights = {n: dense(w, gates) if "weight_hh" in n else w for n, w in layer.named_parameters()}
+    x = torch.randn(5, 4, 7, dtype=f64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    expected = with_gradients(flat(*torch.func.functional_call(plain, weights, (x,))), inputs)
+    same(with_gradients(flat(*layer(x)), inputs), expected)
+    one_way = {k: v for k, v in options.items() if k != "bidirectional"}
+    streamed = make(kind, **one_way)
+    y, _ = streamed.step(x[0])
+    same([y], [streamed(x[:1])[0][0]])
+
+
 def test_chosen_activations_and_forget_bias() -> None:
     layer = make("LSTM", 2, 4, activation="relu", cell_clip=0.2, forget_bias=1.0)
     assert (layer.bias_ih_l0[4:8] == 1).all() and (layer.bias_hh_l0[4:8] == 0).all()
