@@ -20,7 +20,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
 
-from . import slstm
 from .options import calls_of_options
 from .table import render
 
@@ -127,12 +126,6 @@ def around_the_cell(rounds: int) -> list[Line]:
             what = f"{option} over torch.nn's way, {cell} training"
             lines.append(Line(what, sizes(T, B, H), found, "more than 1x"))
     return lines
-
-
-def exponential_gates(rounds: int) -> list[Line]:
-    """SLSTM against a loop with one compiled step, and against an LSTM."""
-    found = slstm.rows(rounds)
-    return [Line(what, sizes(*shape), text, "more than 3x") for what, shape, text in found]
 
 
 def side_by_side(rounds: int) -> list[Line]:
@@ -284,7 +277,6 @@ def measure(rounds: int) -> list[Line]:
     torch.set_num_threads(before)
     lines += uneven(rounds)
     lines += around_the_cell(rounds)
-    lines += exponential_gates(rounds)
     lines += side_by_side(rounds)
     lines += overhead(rounds)
     return lines + memory()

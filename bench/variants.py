@@ -49,14 +49,42 @@ VARIANTS: dict[str, tuple[Callable[[int], Any], Callable[[int], Any]]] = {
         lambda H: rnnfast.GRU(H, H),
     ),
     "SRU": (lambda H: rnnfast.SRU(H, H), lstm),
+    "SLSTM": (lambda H: rnnfast.SLSTM(H, H), lstm),
+    "SLSTM(num_heads=4)": (lambda H: rnnfast.SLSTM(H, H, num_heads=4), lstm),
     "BatchNormLSTM": (lambda H: rnnfast.BatchNormLSTM(H, H, max_steps=100), lstm),
 }
 SHAPES = ((100, 32, 256), (100, 32, 512), (50, 8, 64))
 
 
+def plain_heads(layer: Any) -> Callable[[Tensor], Tensor]:
+    """The same with heads: a product of batches of matrices a step."""
+    spec = spec_of(layer)
+    form = (spec.gates, spec.heads, layer.hidden_size // spec.heads)
+
+    @torch.compile
+    def step(gx: Tensor, gh: Tensor, b_hh: Tensor, state: tuple[Tensor, ...]) -> Any:
+        gh = gh.unflatten(-1, (form[0], form[2])).permute(1, 2, 0, 3).flatten(1)
+        return cell_step(spec, gx, gh + b_hh, state)
+
+    def run(x: Tensor) -> Tensor:
+        w_ih, w_hh, b_ih, b_hh = layer.parameters()
+        blocks = w_hh.unflatten(0, form).permute(1, 3, 0, 2).flatten(2).contiguous()
+        state: tuple[Tensor, ...] = (x.new_zeros(x.size(1), layer.hidden_size),) * spec.states
+        y = []
+        for gx in torch.nn.functional.linear(x, w_ih, b_ih).unbind(0):
+            h = state[0].unflatten(-1, form[1:]).transpose(0, 1)
+            state = step(gx, torch.bmm(h, blocks), b_hh, state)
+            y.append(state[0])
+        return torch.stack(y)
+
+    return run
+
+
 def plain(layer: Any) -> Callable[[Tensor], Tensor]:
     """The layer's numbers by torch's operators, a compiled step after the other."""
     spec = spec_of(layer)
+    if spec.heads > 1:
+        return plain_heads(layer)
     if spec.stages:
         return stages.plain(layer)
     step = torch.compile(partial(cell_step, spec))
