@@ -240,6 +240,23 @@ def test_state_dict() -> None:
     assert (layer.running_var_l0 == 1).all() and (layer.running_mean_l0 == 0).all()
 
 
+@pytest.mark.parametrize("uneven", [False, True])
+def test_several_chunks(uneven: bool) -> None:
+    """More rows than the engine takes together, against the reference."""
+    layer = make(4, 20, max_steps=50)
+    x = torch.randn(60, 24, 4, dtype=f64, requires_grad=True)
+    lengths = torch.randint(1, 61, (24,)) if uneven else None
+    found = []
+    for name in ("cpu", "reference"):
+        one = copy.deepcopy(layer)
+        with rnnfast.use_engine(name):
+            y, (h_n, c_n) = one(x, lengths=lengths)
+            grads = gradients(y, h_n, c_n, [x, *one.parameters()])
+        found.append([y, h_n, c_n, *grads, *one.buffers()])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits(dtype: torch.dtype) -> None:
     layer = make(5, 9, dtype=torch.float32)
