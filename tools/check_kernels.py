@@ -1,7 +1,7 @@
 """Reads ptxas's report from the log of a build: ``python tools/check_kernels.py LOG``.
 
 Every kernel that the engine has must be there, for every cell, dtype and tile, without spills and
-stack, and with registers for at least four blocks a multiprocessor (three with float64; two of a
+stack, and with registers for at least four blocks a multiprocessor (two with float64, and of a
 scan, whose threads have the loads of eight steps under way; of an on-chip kernel, which fills one,
 for one).
 """
@@ -59,7 +59,7 @@ OF_GATES = {
 }
 OF_OPERAND = {"kHalf": ("Float16", "BFloat16"), "kTf32": ("float",)}
 # Of the 65,536 that a multiprocessor has, for blocks of 256 threads.
-MOST_REGISTERS, MOST_WITH_DOUBLE, MOST_OF_SCAN = 64, 80, 128
+MOST_REGISTERS, MOST_WITH_DOUBLE, MOST_OF_SCAN = 64, 128, 128
 SCANS = ("follow_chunks", "join_chunks", "take_chunks")
 
 ENTRY = re.compile(

@@ -122,6 +122,9 @@ std::string why_not_cell(const Shape& shape, Operand operand) {
   if (cell.stages)
     return std::string("the on-chip engine has one product a step and nothing behind it, got ") +
            cell.name + ", whose steps have stages";
+  if (cell.states > 2)
+    return std::string("the on-chip engine carries h and c, got ") + cell.name + ", which has " +
+           std::to_string(cell.states) + " states";
   if (cell.options)
     return std::string("the on-chip engine has no chosen activations and no bound of c, got ") +
            cell.name;

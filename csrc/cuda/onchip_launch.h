@@ -32,7 +32,8 @@ constexpr auto kernel_of_tile() {
 
 template <class Cell, class scalar_t>
 constexpr bool has_tiles() {
-  return Cell::kRecurrence == Recurrence::kDense && !kHasOptions<Cell> && sizeof(scalar_t) <= 4;
+  return Cell::kRecurrence == Recurrence::kDense && Cell::kStates <= 2 && !kHasOptions<Cell> &&
+         sizeof(scalar_t) <= 4;
 }
 
 // Calls use(kernel) with the one of the tile, if it is for this cell, dtype and direction.

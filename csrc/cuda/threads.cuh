@@ -12,7 +12,7 @@ constexpr int kThreads = 256;
 // Blocks that a multiprocessor has registers for. Without it, the compiler spills a few in kernels
 // that could do with more.
 template <class scalar_t>
-constexpr int kBlocks = sizeof(accumulator_of<scalar_t>) > 4 ? 3 : 4;
+constexpr int kBlocks = sizeof(accumulator_of<scalar_t>) > 4 ? 2 : 4;
 
 // A block covers a power of two of columns and as many rows as its threads allow; blocks go on over
 // the rows, of which there may be more than a grid has places.
