@@ -90,7 +90,8 @@ RNNFAST_HD Float32Vector magnitude(Float32Vector x) { return x < Float32Vector{}
 // Bytes around 128 and their scale, the row's largest magnitude over 127; a row with an infinity or
 // a NaN gets a scale of NaN, so that what is lost does not look like a number.
 template <>
-void to_operand<Int8, float>(int64_t k_size, const float* from, uint8_t* to, float* scale) {
+[[maybe_unused]] void to_operand<Int8, float>(int64_t k_size, const float* from, uint8_t* to,
+                                              float* scale) {
   constexpr int64_t lanes = lanes_of<float>;
   const Float32Vector most = splat<Float32Vector>(3.4028234663852886e38);
   Float32Vector largest{};
@@ -249,7 +250,7 @@ void byte_panel(int64_t rows, const DotOperands& o) {
   if (row < rows) byte_rows<1, kVectors>(o, row);
 }
 
-void byte_product(int64_t rows, int vectors, const DotOperands& o) {
+[[maybe_unused]] void byte_product(int64_t rows, int vectors, const DotOperands& o) {
   switch (vectors) {
     case 1: return byte_panel<1>(rows, o);
     case 2: return byte_panel<2>(rows, o);

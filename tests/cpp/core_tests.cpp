@@ -229,11 +229,6 @@ void check_samples(int64_t steps, int64_t samples, int64_t batch, int64_t rows, 
   force_isa(-1);
 }
 
-bool may_project(int cell) {
-  const rnnfast::CellInfo& info = rnnfast::cell_info(cell);
-  return info.states == 2 && info.dense && !info.keeps;
-}
-
 }  // namespace
 
 int main() {
@@ -251,8 +246,8 @@ int main() {
         const Layer small(cell, 3, 5, 3, 5, 0, uneven, reverse);
         check_layer(small, what + " small");
         check_layer(small.with_resets(), what + " small, resets");
-        if (cell_info(cell).dense) check_layer(small.with_masks(), what + " small, masks");
-        if (may_project(cell))
+        if (small.may_drop()) check_layer(small.with_masks(), what + " small, masks");
+        if (Layer::may_project(cell))
           check_layer(Layer(cell, 3, 4, 3, 7, 3, uneven, reverse), what + " projected");
       }
   // Large enough for two threads: by rows of the batch, and by units.
@@ -272,7 +267,7 @@ int main() {
       check_stack({first, above, above}, std::string(cell_info(cell).name) + " stack");
       check_stack({first.with_resets(), above.with_resets()},
                   std::string(cell_info(cell).name) + " stack, resets");
-      if (may_project(cell)) {
+      if (Layer::may_project(cell)) {
         const Layer narrow(cell, 70, 9, 6, 20, 7, uneven, false),
             next(cell, 70, 9, 7, 20, 7, uneven, false);
         check_stack({narrow, next}, std::string(cell_info(cell).name) + " stack, projected");

@@ -57,10 +57,12 @@ struct Layer {
     fill(x, rows * I);
     fill(h0, B * P);
     fill(c0, (info.states - 1) * B * H);
+    if (info.states == 4)  // sLSTM's second is a normaliser, which divides and is never negative
+      for (int64_t i = B * H; i < 2 * B * H; ++i) c0[i] = 0.5 + std::fabs(c0[i]);
     fill(w_ih, info.gates * H * I);
     fill(w_hh, info.dense ? info.gates * H * P : info.diagonal ? H : 0);
     fill(b_ih, info.gates * H);
-    fill(b_hh, info.gates * H);
+    fill(b_hh, (info.gates + info.parameters) * H);
     if (p) fill(w_hr, P * H);
   }
 
@@ -75,12 +77,18 @@ struct Layer {
   Layer with_masks() const {
     Layer layer = *this;
     const CellInfo& info = cell_info(cell);
-    if (info.dense) layer.h_kept.resize(B * P);
+    if (may_drop()) layer.h_kept.resize(B * P);
     if (info.keeps) layer.zone.resize(rows() * info.states * H);
     std::mt19937 random(2);
     for (std::vector<uint8_t>* flags : {&layer.h_kept, &layer.zone})
       for (uint8_t& flag : *flags) flag = random() % 3 == 0;
     return layer;
+  }
+  // What the layers of Python allow (bindings/checks.cpp): a mask of h, and a projection.
+  bool may_drop() const { return cell_info(cell).dense && !cell_info(cell).stages; }
+  static bool may_project(int cell) {
+    const CellInfo& info = cell_info(cell);
+    return info.states == 2 && info.dense && !info.keeps && !info.stages;
   }
   int64_t rows() const { return static_cast<int64_t>(x.size()) / I; }
   int64_t planes() const {
