@@ -75,7 +75,7 @@ $(VENV)/.dev: $(VENV)/.demo requirements-dev.txt
 
 # compilers and RNNFAST_* variables are read by the build; touch setup.py to build with others
 $(VENV)/.built: $(VENV)/.demo $(BUILD_SOURCES) $(if $(wildcard rnnfast/_C*.so),,always)
-	@echo "building rnnfast (about a minute on 2 cores; the log is build/install.log)"
+	@echo "building rnnfast (some minutes on 2 cores; the log is build/install.log)"
 	@mkdir -p build
 	@$(PIP) install -v --no-build-isolation --no-deps -e . >build/install.log 2>&1 || { cat build/install.log >&2; exit 1; }
 	@sed -n 's/^ *-- \(rnnfast: .*\)/\1/p' build/install.log

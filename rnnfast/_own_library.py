@@ -24,7 +24,7 @@ from pathlib import Path
 _log = logging.getLogger("rnnfast")
 
 #: Of each instruction set that has kernels: its number in csrc, bytes of a vector, and the flags of
-#: CMakeLists.txt (held together by tests/test_load_cell.py).
+#: CMakeLists.txt (held together by tests/test_own_library.py).
 ISAS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "portable": ("kPortable", 16, ()),
     "avx2": ("kAvx2", 32, ("-mavx2", "-mfma", "-mf16c")),

@@ -42,8 +42,8 @@ FILES: tuple[str, ...] = (
     "test_mask",
     "test_return_last",
     "test_zoneout",
-    "test_load_cell",
     "test_onnx_export",
+    "test_load_cell",
 )
 Check = Callable[[Any, torch.device], None]
 KINDS = ("LSTM", "GRU", "RNN")
