@@ -5,7 +5,7 @@
 #
 # Both make .venv, install what they need and build the package first; a second run starts at once.
 # Variables: PYTHON (interpreter), VENV, TORCH (pip requirement), TORCH_INDEX (where CPU builds of torch
-# live), PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, and those of the build (RNNFAST_CUDA, CXX, ...).
+# live), PYTEST_ARGS, TEST_JOBS, DEMO_ARGS, BENCH_ARGS, and those of the build (RNNFAST_CUDA, CXX, ...).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -19,6 +19,7 @@ VENV_ARGS ?=
 TORCH ?= $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements-dev.txt)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
+TEST_JOBS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -89,7 +90,8 @@ demo: $(VENV)/.built
 	$(PY) examples/char_lm.py $(DEMO_ARGS)
 
 test: setup
-	$(PY) -m pytest -q $(PYTEST_ARGS)
+	$(PY) -m pytest -q -n $(TEST_JOBS) --dist loadfile -m "not alone" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(PY) -m pytest -q -m alone $(PYTEST_ARGS) || [ $$? -eq 5 ] # 5: none of the chosen tests is
 
 lint: setup
 	$(PY) -m ruff check .

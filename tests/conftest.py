@@ -19,6 +19,9 @@ EXPECTED_SKIPS = HERE / "expected_skips.txt"
 # Then the CUDA engine on a device of loops (on_host.py) stands in for those that `device` serves.
 CUDA_TESTS_ON = os.environ.get("RNNFAST_CUDA_TESTS_ON", "cuda")
 WITHOUT_CUDA = "the CUDA engine can't run here"  # the user property of a test that is skipped so
+MARKED_CUDA = (
+    "marked cuda"  # the user property of every such test: reports tell it to xdist's master
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -130,13 +133,13 @@ def _relative(nodeid: str) -> str:
 
 
 def _selected_all(session: pytest.Session, marker: str = "") -> bool:
-    """True when nothing but ``-m marker`` narrowed the run: then an unused entry of the list is
-    known to be so."""
+    """True when nothing but ``-m marker`` narrowed the run, or it is the part of `make test` that
+    holds every expected skip and every test of CUDA: then an unused entry is known to be so."""
     option = session.config.option
     paths = {Path(arg).resolve() for arg in session.config.args}
     return (
         not (option.keyword or getattr(option, "lf", False))
-        and option.markexpr in ("", marker)
+        and option.markexpr in ("", "not alone", marker)
         and paths <= {HERE, HERE.parent}
     )
 
@@ -159,8 +162,7 @@ class SkipLedger:
     def cuda_miscounted(self, session: pytest.Session) -> str:
         """What is wrong with the number of tests marked cuda; empty if nothing."""
         listed = cuda_tests_listed()
-        workers = getattr(session.config.option, "numprocesses", None)  # of xdist: they collect
-        if len(self.cuda_tests) == listed or workers or not _selected_all(session, "cuda"):
+        if len(self.cuda_tests) == listed or not _selected_all(session, "cuda"):
             return ""
         return (
             f"MARKED cuda: {len(self.cuda_tests)} tests, not the {listed} "
@@ -173,9 +175,12 @@ LEDGER = SkipLedger()
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     name = _relative(report.nodeid)
+    properties = dict(report.user_properties)
+    if MARKED_CUDA in properties:
+        LEDGER.cuda_tests.add(name)
     if report.skipped and not hasattr(report, "wasxfail"):
         LEDGER.skipped.add(name)
-        why = dict(report.user_properties).get(WITHOUT_CUDA)
+        why = properties.get(WITHOUT_CUDA)
         if why is not None:
             LEDGER.without_cuda[name] = str(why)
 
@@ -183,6 +188,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") is not None:
         LEDGER.cuda_tests.add(_relative(item.nodeid))
+        item.user_properties.append((MARKED_CUDA, True))
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:

@@ -81,6 +81,7 @@ def test_same_numbers_as_one_by_one(
             assert torch.equal(a, b)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", KINDS)
 def test_side_by_side_really_happens(kind: str) -> None:
     batch, layers = {"directions": (8, 1), "layers": (1, 2)}[kind]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from test_threads import in_subprocess
 
+pytestmark = pytest.mark.alone
 PROGRAM = Path(__file__).parents[1] / "build/dev/team_tests"
 LIMIT = 60  # seconds: every check of the program takes less than one
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")

@@ -133,9 +133,16 @@ NO_ENGINE = MACHINE.format(device=True, why="it was not built", engine=0)
 LEFT_OUT = "test_a.py::test_left_out"
 
 
+BESIDE = ("-n", "2", "-m", "not alone")  # as `make test` runs most of the suite
+
+
 @pytest.mark.parametrize(
     ("suite", "allowed", "options", "code", "words"),
     [
+        (NO_DEVICE, ["cuda = 3"], BESIDE, 0, "3 tests of the CUDA engine did not run: no device"),
+        (NO_DEVICE, ["cuda = 4"], BESIDE, 1, "MARKED cuda: 3 tests, not the 4 of"),
+        (ALL_THERE + INSIDE, ["cuda = 4"], BESIDE, 1, f"SKIPPED WITHOUT LEAVE: {LEFT_OUT}"),
+        (SUITE, [*SKIPPED, "test_a.py::test_runs"], BESIDE, 1, "NO LONGER SKIPPED"),
         (NO_DEVICE, ["cuda = 3"], (), 0, "3 tests of the CUDA engine did not run: no device"),
         (NO_DEVICE, ["cuda = 4"], ("-m", "cuda"), 1, "MARKED cuda: 3 tests, not the 4 of"),
         (NO_DEVICE, ["cuda = 4"], ("-k", "on_cuda"), 0, "3 skipped"),

@@ -23,6 +23,7 @@ from cases import Case
 
 import rnnfast
 
+pytestmark = pytest.mark.alone
 HANG = 120  # seconds
 
 CASES = [
