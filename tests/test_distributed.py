@@ -416,7 +416,7 @@ def train_example(processes: int, *options: str) -> tuple[str, float]:
         start_new_session=True,
     ) as program:
         try:
-            said, _ = program.communicate(timeout=120)
+            said, _ = program.communicate(timeout=400)
         except BaseException:
             os.killpg(program.pid, signal.SIGKILL)
             raise

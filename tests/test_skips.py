@@ -141,7 +141,6 @@ BESIDE = ("-n", "2", "-m", "not alone")  # as `make test` runs most of the suite
     [
         (NO_DEVICE, ["cuda = 3"], BESIDE, 0, "3 tests of the CUDA engine did not run: no device"),
         (NO_DEVICE, ["cuda = 4"], BESIDE, 1, "MARKED cuda: 3 tests, not the 4 of"),
-        (ALL_THERE + INSIDE, ["cuda = 4"], BESIDE, 1, f"SKIPPED WITHOUT LEAVE: {LEFT_OUT}"),
         (SUITE, [*SKIPPED, "test_a.py::test_runs"], BESIDE, 1, "NO LONGER SKIPPED"),
         (NO_DEVICE, ["cuda = 3"], (), 0, "3 tests of the CUDA engine did not run: no device"),
         (NO_DEVICE, ["cuda = 4"], ("-m", "cuda"), 1, "MARKED cuda: 3 tests, not the 4 of"),
