@@ -90,12 +90,17 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
         )
 
 
-def _check_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.dtype != x.dtype:
+def check_dtypes(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
+    """Two of one dtype."""
+    if tensor.dtype != other.dtype:
         raise RuntimeError(
-            f"rnnfast: {name} must have the dtype of x, {_dtype_text(x.dtype)}, "
+            f"rnnfast: {name} must have the dtype of {other_name}, {_dtype_text(other.dtype)}, "
             f"got {_dtype_text(tensor.dtype)}"
         )
+
+
+def _check_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
+    check_dtypes(name, tensor, x, "x")
 
 
 def check_shape(name: str, tensor: Tensor, letters: str, sizes: tuple[Any, ...]) -> None:

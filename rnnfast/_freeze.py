@@ -98,8 +98,13 @@ class Frozen:
         """What the packed weights of one layer and direction take."""
         return self._packed[index].nbytes
 
-    def packed(self, parameters: Mapping[str, Tensor | None]) -> list[Tensor]:
-        """The packed weights, if `weights` still are those of the layer."""
+    def packed(self, parameters: Mapping[str, Tensor | None], spec: CellSpec) -> list[Tensor]:
+        """The packed weights, if `weights` and the cell still are those of the layer."""
+        if spec is not self._spec and spec.id != self._spec.id:
+            raise RuntimeError(
+                f"rnnfast: the layer was frozen with the cell {self._spec.name}, and has "
+                f"{spec.name} now that its zoneout is another; call freeze() again, or unfreeze()"
+            )
         # the loops of a call run in C; the slow ones only find the name for the error
         if not all(map(is_, self.weights, map(parameters.get, self._names))):
             replaced = [n for n, w in zip(self._names, self.weights) if parameters.get(n) is not w]

@@ -45,6 +45,11 @@ def split(name: str, spec: CellSpec, weights: Sequence[Any], bias: bool) -> list
     w_hh (G*H, H/n), biases (G*H) with parameters behind, whose rows are (gate, head, unit)."""
     heads, each = spec.heads, 4 if bias else 2
     rows = weights[0].size(0)
+    if rows == 0 or rows % (spec.gates * heads):
+        raise RuntimeError(
+            f"rnnfast: w_ih of {name} with num_heads={heads} must have shape (G*H, I) with "
+            f"G = {spec.gates}, got {tuple(weights[0].shape)}"
+        )
     units = rows // (spec.gates * heads)
     found: list[Any] = []
     for first in range(0, len(weights), each):

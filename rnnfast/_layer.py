@@ -14,7 +14,7 @@ from . import _heads, _norm, _parameters, _regularize, _run, _step
 from ._checks import check_recompute
 from ._freeze import Frozen, why_not
 from ._step_plan import StepPlan
-from .cells import CellSpec, cell_spec, chosen_cell, zoneout_cell
+from .cells import CellSpec, cell_spec, chosen_cell, may_zone_out, zoneout_cell
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -141,16 +141,27 @@ class Layer(nn.RNNBase):
         check_recompute(name, recompute)
         if recompute:  # else the class says it
             self.recompute = True
+        spec = spec_of(self)
         given = _regularize.Options(*options)
-        if _regularize.check(name, given, spec_of(self).states).zoneout and self.proj_size:
+        checked = _regularize.check(name, given, spec.states)
+        if checked.zoneout and self.proj_size:
             raise ValueError(
                 f"rnnfast: zoneout of {name} has no form with a projection, got zoneout="
                 f"{given.zoneout!r} and proj_size={self.proj_size}"
             )
+        for option, fits in (
+            ("zoneout", may_zone_out(spec)),
+            ("recurrent_dropout", spec.dense and not spec.stages),
+        ):
+            if getattr(checked, option) and not fits:
+                cell = text_of_cell(self).removeprefix(", ") or f"the cell {spec.name}"
+                raise ValueError(
+                    f"rnnfast: {option} of {name} has no form with {cell}, "
+                    f"got {option}={getattr(given, option)!r}"
+                )
         for option, value in given._asdict().items():
             if value:
                 setattr(self, option, value)
-        spec_of(self)  # or an error: a cell that has no form with them
 
     # torch.nn keeps a list of the weights beside the parameters, and weak references to them. Here
     # there is neither: a list gets old, and holds computed weights that can't be copied;
@@ -184,8 +195,7 @@ class Layer(nn.RNNBase):
             return weights
         bias = self.bias
         if spec.parameters:
-            own = _parameters.tensors_of(spec)
-            weights, bias = _parameters.merge(weights, len(self._all_weights), bias, own), True
+            weights, bias = _parameters.merge(spec, weights, len(self._all_weights), bias), True
         if spec.heads == 1:
             return weights
         return _heads.split(type(self).__name__, spec, weights, bias)
@@ -201,7 +211,7 @@ class Layer(nn.RNNBase):
         if frozen is None or torch.compiler.is_compiling():
             # a frozen layer's checks of memory and versions can't be traced
             return self._complete(self._weights()), None
-        return frozen.arguments, frozen.packed(self._parameters)
+        return frozen.arguments, frozen.packed(self._parameters, spec_of(self))
 
     def _step_plan(self) -> StepPlan | None:
         frozen = self._frozen
@@ -210,7 +220,7 @@ class Layer(nn.RNNBase):
         spec = spec_of(self)
         if spec.heads > 1 or spec.states > 2:
             return None
-        frozen.packed(self._parameters)  # or an error: other weights
+        frozen.packed(self._parameters, spec)  # or an error: other weights, another cell
         return frozen.step_plan()
 
     def forward(

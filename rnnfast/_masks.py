@@ -13,7 +13,7 @@ from ._checks import check_weights
 from ._masked import Masks
 from ._modes import refuse_tangents, transforms_active
 from ._route import is_exporting
-from .cells import CellSpec, zoneout_cell
+from .cells import CellSpec, may_zone_out, zoneout_cell
 
 __all__ = ["Masks", "direction", "draw"]
 
@@ -69,6 +69,11 @@ def _of_lengths(
     if weights[4] is not None:  # zoneout has no form with a projection
         return _lengths.reference_of(
             spec, x, h0, c0, weights, lengths, reset, reverse, **masks.of_reference
+        )
+    if not may_zone_out(spec):  # padding keeps the states as zoneout does
+        raise RuntimeError(
+            "rnnfast: recurrent_dropout with lengths in a graph is for the cells of LSTM, GRU and "
+            f"RNN, got cell {spec.name}; pack the input, or leave the layer out of the graph"
         )
     valid = _lengths.valid_steps(lengths, x)
     padding = ~valid.view(*valid.shape, 1, 1)

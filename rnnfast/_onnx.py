@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import _last, _lengths, ops
+from . import _batch_norm, _last, _lengths, _masked, ops
 from .cells import cell_spec
 
 __all__ = ["onnx_translations"]
@@ -103,7 +103,7 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
     Raises:
         ImportError: without onnxscript
         NotImplementedError: in the export, for what ONNX has no node for: ``proj_size``, ``reset``,
-            packed input (give ``lengths``) and quantized layers
+            packed input (give ``lengths``), ``zoneout``, BatchNormLSTM and quantized layers
 
     Example::
 
@@ -158,7 +158,15 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
         )  # fmt: skip
         return outputs[1:3]
 
+    def masked(*_: Any) -> None:
+        _refuse("zoneout", "set zoneout = 0 if the states may go without it")
+
+    def batch_normalised(*_: Any) -> None:
+        _refuse("statistics of a batch in a recurrence", "export a model without BatchNormLSTM")
+
     return {
+        _masked.forward: masked,
+        _batch_norm.forward: batch_normalised,
         ops.forward: forward,
         _last.forward_last: forward_last,
         _lengths.forward: forward_lengths,

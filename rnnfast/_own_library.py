@@ -163,6 +163,12 @@ def _included(header: Path, seen: set[Path]) -> Iterator[bytes]:
 
 def source_of(path: str | os.PathLike[str], struct: str | None) -> Source:
     """What load_cell was given, looked at before a compiler is."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"rnnfast: load_cell needs the path of a header, got {type(path).__name__}")
+    if struct is not None and not isinstance(struct, str):
+        raise TypeError(
+            f"rnnfast: struct of load_cell must be a str or None, got {type(struct).__name__}"
+        )
     header = Path(path).expanduser().resolve()
     found = _structs(_read(header))
     if struct is None:

@@ -268,6 +268,12 @@ def chosen_cell(
     return _of_code(_BY_NAME[any_of if any_of in _BY_NAME else kind].id | code)
 
 
+def may_zone_out(spec: CellSpec) -> bool:
+    """Whether zoneout_cell has a form of it."""
+    names = ("lstm", "lstm_any", "gru", "gru_any", "rnn_tanh", "rnn_relu", "rnn_any")
+    return spec.keeps or spec.name in names
+
+
 def zoneout_cell(spec: CellSpec) -> CellSpec:
     """The same cell, of whose states a part may stay as it was.
 
@@ -284,7 +290,7 @@ def zoneout_cell(spec: CellSpec) -> CellSpec:
     """
     if spec.keeps:
         return spec
-    if spec.name not in ("lstm", "lstm_any", "gru", "gru_any", "rnn_tanh", "rnn_relu", "rnn_any"):
+    if not may_zone_out(spec):
         raise RuntimeError(
             f"rnnfast: zoneout is for the cells of LSTM, GRU and RNN, got cell {spec.name}"
         )

@@ -164,7 +164,7 @@ def _layer(
     if w_hr is not None and w_hr.dim() != 2:
         raise RuntimeError(f"rnnfast: w_hr must have shape (P, H), got {tuple(w_hr.shape)}")
     if spec.parameters:
-        weights, bias = _parameters.merge(weights, count, bias, own), True
+        weights, bias = _parameters.merge(spec, weights, count, bias), True
     hidden_size, proj_size = w_ih.size(0) // spec.gates, 0 if w_hr is None else w_hr.size(0)
     if _heads.check(name, num_heads, hidden_size, proj_size) > 1:
         spec = replace(spec, heads=num_heads)

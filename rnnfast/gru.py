@@ -55,9 +55,10 @@ class GRU(OneStateCalls):
             mask a sequence (Gal & Ghahramani 2016, arXiv:1512.05287); an attribute, too
         recurrent_dropout: probability of a feature of h being zeroed on its way into `W_hh` in
             training, one mask a sequence for each layer and direction (Gal & Ghahramani 2016,
-            arXiv:1512.05287); an attribute, too
+            arXiv:1512.05287). Not with ``layer_norm`` or ``reset_after=False``; an attribute, too
         zoneout: probability of an entry of h staying as it was at a step in training; in eval that
-            part of it stays (Krueger et al. 2017, arXiv:1606.01305); an attribute, too
+            part of it stays (Krueger et al. 2017, arXiv:1606.01305). Not with ``layer_norm`` or
+            ``reset_after=False``; an attribute, too
         return_last: the output is that of the last step only, :math:`(B, D \cdot H)`; an
             attribute, too
         activation, gate_activation: of the candidate :math:`n` (tanh above), and of the gates
@@ -67,10 +68,11 @@ class GRU(OneStateCalls):
             this name, ONNX' ``linear_before_reset=0``); an attribute to be read, too
         num_heads: number of blocks :math:`n` on the diagonal of `W_hh`, which is zero elsewhere:
             the state of a head of :math:`H/n` units enters the gates of that head alone (Beck et
-            al. 2024, arXiv:2405.04517); an attribute to be read, too
+            al. 2024, arXiv:2405.04517). Not with ``layer_norm``; an attribute to be read, too
         layer_norm: layer normalisation (Ba et al. 2016, arXiv:1607.06450) of :math:`W_{ih} x_t` and
             of :math:`W_{hh} h_{t-1}`, of the gates r and z together over all units and of n by
-            itself; an attribute to be read, too. Not with ``reset_after=False``
+            itself; an attribute to be read, too. Not with ``reset_after=False``, ``num_heads``,
+            ``recurrent_dropout`` or ``zoneout``
 
     Inputs: input, h_0, reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -101,7 +103,8 @@ class GRU(OneStateCalls):
         With the suffix ``_reverse`` for the second direction.
 
     Raises:
-        ValueError, RuntimeError, TypeError: as torch.nn.GRU, with its texts
+        ValueError, RuntimeError, TypeError: as torch.nn.GRU, with its texts; ValueError for
+            options that do not go together
 
     .. note::
         Backward reads ``output``: like cuDNN's layers, it raises if that was changed in place.

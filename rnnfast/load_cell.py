@@ -45,8 +45,10 @@ _classes: dict[tuple[int, str], type[LoadedLayer]] = {}
 class LoadedLayer(AnyStateCalls):
     r"""A layer of a cell that :func:`rnnfast.load_cell` compiled; it returns subclasses of this.
 
-    Everything that :class:`rnnfast.GRU` has (:class:`rnnfast.LSTM` for a cell of two states), but
-    ``proj_size`` and ``activation``, on the CPU. What is computed is in the header.
+    It is called as :class:`rnnfast.GRU` (:class:`rnnfast.LSTM` for a cell of two states), on the
+    CPU, and has the arguments below. ``proj_size``, ``num_heads``, ``activation``,
+    ``gate_activation``, ``layer_norm``, ``reset_after``, ``recurrent_dropout`` and ``zoneout`` are
+    none of them, and ``zoneout`` as an attribute raises. What is computed is in the header.
 
     Args:
         input_size: number of features of the input :math:`I`
@@ -159,7 +161,7 @@ class LoadedLayer(AnyStateCalls):
         if spec.has_hidden_side:
             if not spec.parameters:
                 return weights
-            return merge(weights, len(self._all_weights), self.bias)
+            return merge(spec, weights, len(self._all_weights), self.bias)
         if self.__dict__.get("weight_dropout"):
             raise RuntimeError(
                 "rnnfast: weight_dropout is for layers with a w_hh, which "

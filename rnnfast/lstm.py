@@ -77,10 +77,11 @@ class LSTM(LSTMCalls):
             mask a sequence (Gal & Ghahramani 2016, arXiv:1512.05287); an attribute, too
         recurrent_dropout: probability of a feature of h being zeroed on its way into `W_hh` in
             training, one mask a sequence for each layer and direction (Gal & Ghahramani 2016,
-            arXiv:1512.05287); an attribute, too
+            arXiv:1512.05287). Not with ``layer_norm``; an attribute, too
         zoneout: probability of an entry of h, and of c, staying as it was at a step in training;
             in eval that part of it stays. A number, or a pair for h and c (Krueger et al. 2017,
-            arXiv:1606.01305); not with ``proj_size``; an attribute, too
+            arXiv:1606.01305). Not with ``proj_size``, ``coupled``, ``peephole`` or
+            ``layer_norm``; an attribute, too
         return_last: the output is that of the last step only, :math:`(B, D \cdot P)`; an
             attribute, too
         forget_bias: what the forget gate's bias starts from (its part of b_ih; that of b_hh is
@@ -99,11 +100,13 @@ class LSTM(LSTMCalls):
             into :math:`h_t` and on (Sak et al. 2014); ``None`` for none
         num_heads: number of blocks :math:`n` on the diagonal of `W_hh`, which is zero elsewhere:
             the state of a head of :math:`H/n` units enters the gates of that head alone (Beck et
-            al. 2024, arXiv:2405.04517). Not with ``proj_size``; an attribute to be read, too
+            al. 2024, arXiv:2405.04517). Not with ``proj_size`` or ``layer_norm``; an attribute to
+            be read, too
         layer_norm: layer normalisation (Ba et al. 2016, arXiv:1607.06450) of :math:`W_{ih} x_t` and
             of :math:`W_{hh} h_{t-1}` over the gates of all units, and of :math:`c_t` on its way
             into :math:`h_t` (it goes on as it is); an attribute to be read, too. Not with
-            ``proj_size``, ``coupled``, ``peephole`` or ``cell_clip``
+            ``proj_size``, ``coupled``, ``peephole``, ``cell_clip``, ``num_heads``,
+            ``recurrent_dropout`` or ``zoneout``
 
     Inputs: input, (h_0, c_0), reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -139,7 +142,8 @@ class LSTM(LSTMCalls):
         With the suffix ``_reverse`` for the second direction.
 
     Raises:
-        ValueError, RuntimeError, TypeError: as torch.nn.LSTM, with its texts
+        ValueError, RuntimeError, TypeError: as torch.nn.LSTM, with its texts; ValueError for
+            options that do not go together
 
     .. note::
         Backward reads ``output``: like cuDNN's layers, it raises if that was changed in place.

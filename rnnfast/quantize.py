@@ -297,7 +297,9 @@ def quantize(model: _Model, *, exclude: Iterable[str] = ()) -> Any:
 
     Raises:
         TypeError: if ``model`` is no :class:`torch.nn.Module`, or ``exclude`` no list
-        RuntimeError: if weights are not finite, or ``exclude`` names no module
+        RuntimeError: if weights are not finite, a layer's cell has no int8 kernels (chosen
+            activations, ``layer_norm``, ``zoneout``, ...), or ``exclude`` names no module; then no
+            layer was swapped
 
     Example::
 
@@ -317,6 +319,7 @@ def quantize(model: _Model, *, exclude: Iterable[str] = ()) -> Any:
         raise RuntimeError(f"rnnfast: exclude must name modules of the model, got {unknown[0]!r}")
     left = {modules[name] for name in names}  # a tied layer stays under all its names
     made: dict[nn.Module, nn.Module] = {}
+    swapped: list[tuple[str, nn.Module]] = []  # at the end: all, or an error and none
     for name, module in modules.items():
         if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)) or module in left:
             continue
@@ -328,10 +331,11 @@ def quantize(model: _Model, *, exclude: Iterable[str] = ()) -> Any:
             continue
         if module not in made:
             made[module] = _QUANTIZED[type(module)](module)
-        new = made[module]
         _log.info("quantized %s (%s)", name or "the model itself", type(module).__name__)
         if not name:
-            return new
+            return made[module]
+        swapped.append((name, made[module]))
+    for name, new in swapped:
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, new)
     return model

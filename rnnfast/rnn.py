@@ -56,15 +56,17 @@ class RNN(OneStateCalls):
             mask a sequence (Gal & Ghahramani 2016, arXiv:1512.05287); an attribute, too
         recurrent_dropout: probability of a feature of h being zeroed on its way into `W_hh` in
             training, one mask a sequence for each layer and direction (Gal & Ghahramani 2016,
-            arXiv:1512.05287); an attribute, too
+            arXiv:1512.05287). Not with ``layer_norm``; an attribute, too
         zoneout: probability of an entry of h staying as it was at a step in training; in eval that
-            part of it stays (Krueger et al. 2017, arXiv:1606.01305); an attribute, too
+            part of it stays (Krueger et al. 2017, arXiv:1606.01305). Not with ``layer_norm``; an
+            attribute, too
         return_last: the output is that of the last step only, :math:`(B, D \cdot H)`; an
             attribute, too
         activation: in place of ``nonlinearity``: one of :data:`rnnfast.ACTIVATIONS`, with torch's
             definitions and default parameters; an attribute to be read, too
         layer_norm: layer normalisation (Ba et al. 2016, arXiv:1607.06450) of :math:`W_{ih} x_t` and
-            of :math:`W_{hh} h_{t-1}` over the units; an attribute to be read, too
+            of :math:`W_{hh} h_{t-1}` over the units; an attribute to be read, too. Not with
+            ``recurrent_dropout`` or ``zoneout``
 
     Inputs: input, h_0, reset, lengths, mask
         The state is zero where it is not given, and where ``reset`` is true. Under autocast,
@@ -94,7 +96,8 @@ class RNN(OneStateCalls):
         With the suffix ``_reverse`` for the second direction.
 
     Raises:
-        ValueError, RuntimeError, TypeError: as torch.nn.RNN, with its texts
+        ValueError, RuntimeError, TypeError: as torch.nn.RNN, with its texts; ValueError for
+            options that do not go together
 
     .. note::
         Backward reads ``output``: like cuDNN's layers, it raises if that was changed in place.

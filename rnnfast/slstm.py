@@ -18,7 +18,7 @@ FORGET = {"sigmoid": "SLSTM", "exp": "SLSTM_EXP"}
 
 def mode_of(who: str, forget: Any) -> str:
     """The cell with this forget gate, by its layer's ``mode``."""
-    if forget not in FORGET:
+    if not isinstance(forget, str) or forget not in FORGET:
         raise ValueError(f"rnnfast: forget of {who} must be 'sigmoid' or 'exp', got {forget!r}")
     return FORGET[forget]
 
@@ -173,7 +173,8 @@ class SLSTM(SLSTMCalls):
             b_{if} = 5 - 12 \left(\frac{k}{H/n - 1}\right)^{0.3 + 1.3\,l/(L - 1)}, \qquad b_{hf} = 0
 
         for unit :math:`k` of each head of layer :math:`l`: some units remember, others forget
-        ("powerlaw_blockdependent" of the paper's programs). With ``forget='exp'``
+        ("powerlaw_blockdependent" of the paper's programs). Where :math:`H/n = 1` it is 5, that of
+        the first unit, and where :math:`L = 1` the exponent is 0.3. With ``forget='exp'``
         :math:`\log \sigma` of it, so that the factors are the same.
         """
         super().reset_parameters()

@@ -158,6 +158,8 @@ def test_what_onnx_has_not() -> None:
             (x,),
             "node for gru_before with chosen activations",
         ),
+        (Model(rnnfast.LSTM(5, 9, zoneout=0.2), "plain"), (x,), "zoneout"),
+        (Model(rnnfast.BatchNormLSTM(5, 9, max_steps=4), "plain"), (x,), "statistics of a batch"),
     ]
     for model, args, what in cases:
         with pytest.raises(Exception, match=re.escape(f"rnnfast: ONNX has no {what}")):

@@ -145,6 +145,10 @@ def fails(path: Path, text: str | None, sentence: str, **options: Any) -> str:
 
 
 def test_not_a_header(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="load_cell needs the path of a header, got int"):
+        rnnfast.load_cell(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="struct of load_cell must be a str or None, got int"):
+        rnnfast.load_cell("a.h", struct=3)  # type: ignore[arg-type]
     fails(tmp_path / "none.h", None, r"load_cell can't read .*none\.h: there is no such file")
     fails(tmp_path, None, "load_cell can't read .*Is a directory")
     file = tmp_path / "a.h"

@@ -223,6 +223,17 @@ def test_in_graphs(kind: str) -> None:
     same(got, results(layer, layer, spoilt, lengths=n))
 
 
+def test_lengths_in_a_graph_of_other_cells() -> None:
+    """A sentence, where the padding would need a cell that keeps its states."""
+    torch._dynamo.reset()
+    layer = rnnfast.LSTM(5, 6, coupled=True, recurrent_dropout=P)
+    x, n = torch.randn(T, B, 5), torch.tensor([2, 6, 1, 4])
+    assert layer(x, lengths=n)[0].isfinite().all()
+    traced = torch.compile(layer, backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="with lengths in a graph is for.*coupled_lstm; pack"):
+        traced(x, lengths=n)
+
+
 def test_inductor_and_checkpoints() -> None:
     torch._dynamo.reset()
     layer = rnnfast.RNN(1, 30, nonlinearity="relu", bias=False, recurrent_dropout=P, dtype=f64)
