@@ -331,11 +331,12 @@ def quantize(model: _Model, *, exclude: Iterable[str] = ()) -> Any:
             continue
         if module not in made:
             made[module] = _QUANTIZED[type(module)](module)
-        _log.info("quantized %s (%s)", name or "the model itself", type(module).__name__)
         if not name:
+            _log.info("quantized the model itself (%s)", type(module).__name__)
             return made[module]
         swapped.append((name, made[module]))
     for name, new in swapped:
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, new)
+        _log.info("quantized %s (%s)", name, type(modules[name]).__name__)
     return model

@@ -19,9 +19,7 @@ EXPECTED_SKIPS = HERE / "expected_skips.txt"
 # Then the CUDA engine on a device of loops (on_host.py) stands in for those that `device` serves.
 CUDA_TESTS_ON = os.environ.get("RNNFAST_CUDA_TESTS_ON", "cuda")
 WITHOUT_CUDA = "the CUDA engine can't run here"  # the user property of a test that is skipped so
-MARKED_CUDA = (
-    "marked cuda"  # the user property of every such test: reports tell it to xdist's master
-)
+MARKED_CUDA = "marked cuda"  # the user property of every such test, which reports carry
 
 
 def pytest_configure(config: pytest.Config) -> None:

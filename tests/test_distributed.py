@@ -416,7 +416,7 @@ def train_example(processes: int, *options: str) -> tuple[str, float]:
         start_new_session=True,
     ) as program:
         try:
-            said, _ = program.communicate(timeout=400)
+            said, _ = program.communicate(timeout=120)
         except BaseException:
             os.killpg(program.pid, signal.SIGKILL)
             raise
@@ -426,6 +426,7 @@ def train_example(processes: int, *options: str) -> tuple[str, float]:
     return said, float(found[1])
 
 
+@pytest.mark.alone
 def test_the_example(tmp_path: Path) -> None:
     """Two processes learn what one learns, and go on from a checkpoint of the other kind."""
     folder = ("--checkpoint", str(tmp_path), "--save-every", "6")

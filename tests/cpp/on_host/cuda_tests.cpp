@@ -98,7 +98,7 @@ void check_passes(std::vector<Layer> layers, bool chained, const std::string& wh
         one);
   }
 
-  for (unsigned seed = 0; seed < 3; ++seed) {
+  for (unsigned seed = 0; seed < 6; ++seed) {
     std::vector<Outputs> got;
     for (const Layer& layer : layers) got.push_back(room_for_outputs(layer));
     std::vector<ForwardArgs<double>> forward;
@@ -192,7 +192,7 @@ void check_type(const Layer& layer, const std::string& what) {
   const Values step = results<scalar_t>(layer, CudaKernel::kStep, 3);
   const CellInfo& info = cell_info(layer.cell);
   if (!info.dense || info.options || info.stages || info.states > 2 || !layer.w_hr.empty()) return;
-  for (unsigned seed = 0; seed < 3; ++seed)
+  for (unsigned seed = 0; seed < 5; ++seed)
     check(near(results<scalar_t>(layer, CudaKernel::kOnchip, seed), step, 2e-2),
           what + ": on chip, " + std::to_string(sizeof(scalar_t)) + " bytes");
 }
