@@ -175,7 +175,7 @@ void run_batch_norm_backward(const BatchNormBackwardArgs<scalar_t>& args, char* 
                              const Worker& worker) {
   Arena arena{memory, 0};
   const auto scratch =
-      backward_scratch<BatchNormLstm, scalar_t>(args, batch_norm_choice(worker.count), arena);
+      backward_scratch(shape_of<BatchNormLstm>(), args, batch_norm_choice(worker.count), arena);
   const int64_t own = batch_norm_own_size(args);
   scalar_t* const all = arena.take<scalar_t>(own * worker.count);
   BatchNormBackward<scalar_t> loop(args, scratch, all + own * worker.index, worker);
@@ -185,7 +185,7 @@ void run_batch_norm_backward(const BatchNormBackwardArgs<scalar_t>& args, char* 
 template <class scalar_t>
 int64_t batch_norm_backward_bytes(const BatchNormBackwardArgs<scalar_t>& args, int workers) {
   Arena arena;
-  backward_scratch<BatchNormLstm, scalar_t>(args, batch_norm_choice(workers), arena);
+  backward_scratch(shape_of<BatchNormLstm>(), args, batch_norm_choice(workers), arena);
   arena.take<scalar_t>(batch_norm_own_size(args) * workers);
   return arena.used;
 }

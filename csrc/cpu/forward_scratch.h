@@ -29,14 +29,15 @@ struct ForwardScratch {
   int64_t h_row, m_row, gx_row, gx_size, x_size, h_size, x_scales_size;
 };
 
-template <class Cell, class Format>
-ForwardScratch<Format> forward_scratch(const ForwardArgs<typename Format::tensor_t>& args,
+template <class Format>
+ForwardScratch<Format> forward_scratch(const CellShape& cell,
+                                       const ForwardArgs<typename Format::tensor_t>& args,
                                        const Choice& choice, Arena& arena) {
   using acc_t = typename Format::acc_t;
   using weight_t = typename Format::weight_t;
   constexpr int64_t lanes = lanes_of<acc_t>;
-  const PackedLayout<Cell, Format> sizes(args.input_size, args.hidden_size, args.output_size,
-                                         args.w_hr != nullptr);
+  const PackedLayout<Format> sizes(cell, args.input_size, args.hidden_size, args.output_size,
+                                   args.w_hr != nullptr);
   ForwardScratch<Format> s{};
   s.h_row = divide_up(args.output_size, lanes) * lanes + lanes;
   s.m_row = divide_up(args.hidden_size, lanes) * lanes + lanes;
@@ -58,7 +59,7 @@ ForwardScratch<Format> forward_scratch(const ForwardArgs<typename Format::tensor
   s.w_ih.dot = args.dot_ih;
   s.w_hh.dot = s.w_hr.dot = args.dot_hh;
   // Whole vectors are read wherever a gate begins.
-  s.gx_row = sizes.gates.padded() + (kHasStages<Cell> ? lanes : 0);
+  s.gx_row = sizes.gates.padded() + (cell.stages ? lanes : 0);
   s.b_ih = arena.take<acc_t>(s.gx_row);
   s.b_hh = arena.take<acc_t>(s.gx_row);
   // Workers that own rows are not always in the same chunk: each has a gx of its own.
@@ -67,7 +68,7 @@ ForwardScratch<Format> forward_scratch(const ForwardArgs<typename Format::tensor
   s.gx = arena.take<acc_t>(s.gx_size * (choice.split == Split::kBatch ? choice.threads : 1));
   s.h[0] = arena.take<acc_t>(args.batch * s.h_row);
   s.h[1] = arena.take<acc_t>(args.batch * s.h_row);
-  if constexpr (kHasStages<Cell>) {
+  if (cell.stages) {
     s.gh = arena.take<acc_t>(args.batch * s.gx_row);
     s.link = arena.take<acc_t>(args.batch * s.h_row);
   }
@@ -76,7 +77,7 @@ ForwardScratch<Format> forward_scratch(const ForwardArgs<typename Format::tensor
   if constexpr (std::is_same_v<acc_t, typename Format::tensor_t>)
     s.c = args.c_n;
   else
-    s.c = arena.take<acc_t>((Cell::kStates - 1) * args.batch * args.hidden_size);
+    s.c = arena.take<acc_t>((cell.states - 1) * args.batch * args.hidden_size);
   if constexpr (converts_hidden<Format>) {
     s.x_size = chunk_rows * operand_row<Format>(args.input_size);
     s.h_size = args.batch * operand_row<Format>(larger(args.hidden_size, args.output_size));

@@ -11,12 +11,14 @@
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
 
-template <class Cell, class scalar_t>
+template <class scalar_t>
 class GradientPass {
  public:
-  GradientPass(const BackwardArgs<scalar_t>& args, const BackwardScratch<scalar_t>& scratch,
-               const BackwardPass<Cell, scalar_t>& loop, const Worker& worker)
-      : args_(args),
+  GradientPass(const CellShape& shape, const BackwardArgs<scalar_t>& args,
+               const BackwardScratch<scalar_t>& scratch, const BackwardBase<scalar_t>& loop,
+               const Worker& worker)
+      : shape_(shape),
+        args_(args),
         s_(scratch),
         loop_(loop),
         worker_(worker),
@@ -26,7 +28,7 @@ class GradientPass {
 
   void start() {
     const Range mine = part_of(inputs_.count(), worker_.index, worker_.count);
-    const int64_t gates = Cell::kGates * args_.hidden_size;
+    const int64_t gates = shape_.gates * args_.hidden_size;
     if (s_.w_ih)
       for (int64_t p = mine.begin; p < mine.end; ++p)
         pack_rows(
@@ -43,7 +45,7 @@ class GradientPass {
   // Hands out the gate gradients of the steps of `chunk`.
   void gates(Range chunk) {
     const Range mine = part_of(rows_of(chunk), worker_.index, worker_.count);
-    const int64_t base = first_row(args_, chunk.begin), gates = Cell::kGates * args_.hidden_size;
+    const int64_t base = first_row(args_, chunk.begin), gates = shape_.gates * args_.hidden_size;
     const auto copy = [&](const scalar_t* from, int64_t from_row, scalar_t* to, int64_t columns) {
       if (!to) return;
       for (int64_t k = mine.begin; k < mine.end; ++k)
@@ -60,7 +62,7 @@ class GradientPass {
     const int64_t rows = rows_of(chunk);
     share_right_sides(chunk, rows);
     barrier(worker_);
-    const Range gates = part_of(Cell::kGates * args_.hidden_size, worker_.index, worker_.count);
+    const Range gates = part_of(shape_.gates * args_.hidden_size, worker_.index, worker_.count);
     const Right<scalar_t> x{inputs_, s_.x_packed, args_.dw_ih},
         h{outputs_, s_.h_packed, args_.dw_hh}, m{units_, s_.m_packed, args_.dw_hr};
     scalar_t* tiles = s_.a_tiles + worker_.index * s_.a_tiles_size;
@@ -69,24 +71,24 @@ class GradientPass {
       weight_product(
           range, rows, first, [&](int64_t k) { return left + k * left_row; }, {rights...}, tiles);
     };
-    if constexpr (Cell::kRecurrence == Recurrence::kDiagonal) {
+    if (shape_.recurrence == Recurrence::kDiagonal) {
       add_product(gates, s_.dgx, s_.gate_row, x);
       if (args_.dw_hh) diagonal_gradient(gates, chunk, rows, first);
-    } else if constexpr (Cell::kRecurrence == Recurrence::kNone) {
+    } else if (shape_.recurrence == Recurrence::kNone) {
       add_product(gates, s_.dgx, s_.gate_row, x);
-    } else if constexpr (kLinkOf<Cell> == Link::kProduct) {
+    } else if (shape_.linked_gates > 0) {
       // Gates that h is multiplied with, then those of the link: both sums have the same left side.
       const int64_t I = args_.input_size, P = args_.output_size,
-                    linked = free_rows<Cell>(args_.hidden_size);
+                    linked = shape_.free_gates * args_.hidden_size;
       const auto below = [&](scalar_t* out, int64_t columns) {
         return out ? out + linked * columns : nullptr;
       };
       const Right<scalar_t> x_linked{inputs_, s_.x_packed, below(args_.dw_ih, I)},
           link{outputs_, s_.link_packed, below(args_.dw_hh, P)};
       add_product(part_of(linked, worker_.index, worker_.count), s_.dgx, s_.gate_row, x, h);
-      add_product(part_of(linked_rows<Cell>(args_.hidden_size), worker_.index, worker_.count),
+      add_product(part_of(shape_.linked_gates * args_.hidden_size, worker_.index, worker_.count),
                   s_.dgx + linked, s_.gate_row, x_linked, link);
-    } else if constexpr (Cell::kSplitGates) {
+    } else if (shape_.split_gates) {
       add_product(gates, s_.dgx, s_.gate_row, x);
       add_product(gates, s_.dgh, s_.gate_row, h);
     } else {
@@ -94,17 +96,17 @@ class GradientPass {
     }
     add_product(part_of(args_.output_size, worker_.index, worker_.count), s_.dh_steps,
                 args_.output_size, m);
-    if constexpr (kNormsGates<Cell>) return sum_biases(first);
+    if (shape_.norms_gates) return sum_biases(first);
     if (args_.db_ih) sum_rows(gates, rows, first, s_.dgx, s_.gate_row, args_.db_ih);
-    if (args_.db_hh && (Cell::kSplitGates || !args_.db_ih)) {
+    if (args_.db_hh && (shape_.split_gates || !args_.db_ih)) {
       sum_rows(gates, rows, first, s_.dgh, s_.gate_row, args_.db_hh);
     } else if (args_.db_hh) {
       // the same sums
       for (int64_t m = gates.begin; m < gates.end; ++m) args_.db_hh[m] = args_.db_ih[m];
     }
-    if (kParametersOf<Cell> > 0 && args_.db_hh)
-      sum_rows(part_of(kParametersOf<Cell> * args_.hidden_size, worker_.index, worker_.count), rows,
-               first, s_.dp, s_.parameter_row, args_.db_hh + Cell::kGates * args_.hidden_size);
+    if (shape_.parameters > 0 && args_.db_hh)
+      sum_rows(part_of(shape_.parameters * args_.hidden_size, worker_.index, worker_.count), rows,
+               first, s_.dp, s_.parameter_row, args_.db_hh + shape_.gates * args_.hidden_size);
   }
 
  private:
@@ -180,14 +182,13 @@ class GradientPass {
 
   // Of normalised gates: what the loop summed over the chunk's steps, over the batch.
   void sum_biases(bool first) {
-    constexpr int kBehind = Cell::kGates + kNormParameters<Cell>;
     const auto sum = [&](int count, int64_t from, scalar_t* out) {
       if (out)
         sum_rows(part_of(count * args_.hidden_size, worker_.index, worker_.count), args_.batch,
                  first, s_.sums + from * args_.hidden_size, s_.sum_row, out);
     };
-    sum(Cell::kGates, 0, args_.db_ih);
-    sum(kBehind, Cell::kGates, args_.db_hh);
+    sum(shape_.gates, 0, args_.db_ih);
+    sum(shape_.gates + shape_.norm_parameters, shape_.gates, args_.db_hh);
   }
 
   // Adds the values of the chunk's rows to out (or to nothing, if first): in partial sums of 64
@@ -239,13 +240,14 @@ class GradientPass {
   void input_gradient(int64_t base, Range range) {
     row_product(inputs_, Range{0, inputs_.count()}, range.size(), false,
                 s_.dgx + range.begin * s_.gate_row, s_.gate_row,
-                {args_.w_ih, s_.w_ih, Cell::kGates * args_.hidden_size},
+                {args_.w_ih, s_.w_ih, shape_.gates * args_.hidden_size},
                 args_.dx + (base + range.begin) * args_.input_size, args_.input_size);
   }
 
+  const CellShape& shape_;
   const BackwardArgs<scalar_t>& args_;
   const BackwardScratch<scalar_t>& s_;
-  const BackwardPass<Cell, scalar_t>& loop_;
+  const BackwardBase<scalar_t>& loop_;
   const Worker worker_;
   const Panels<scalar_t> inputs_, outputs_, units_;
 };
@@ -254,7 +256,8 @@ class GradientPass {
 template <class Cell, class scalar_t, class Loop>
 void run_loop(const BackwardArgs<scalar_t>& args, const BackwardScratch<scalar_t>& scratch,
               const Worker& worker, Loop& loop) {
-  GradientPass<Cell, scalar_t> gradients(args, scratch, loop, worker);
+  static constexpr CellShape kShape = shape_of<Cell>();
+  GradientPass<scalar_t> gradients(kShape, args, scratch, loop, worker);
   gradients.start();
   loop.start();
   const bool down = !args.reverse;  // against the direction of forward

@@ -8,23 +8,28 @@
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
 
+void pack_int8(const CellShape& cell, const LayerArgs<float>& args, const Int8Weights& w,
+               char* packed) {
+  const PackedLayout<Int8> layout(cell, args.input_size, args.hidden_size, args.output_size,
+                                  w.w_hr != nullptr);
+  const auto part = [&](const auto& panels, const auto& to, int64_t k_size, const int8_t* from,
+                        const float* scale) {
+    for (int64_t p = 0; p < panels.count() && to.elements; ++p) {
+      pack_weights<Int8>(panels, p, k_size, from, reinterpret_cast<int8_t*>(packed + to.panels));
+      pack_scales(panels, p, k_size, from, scale, reinterpret_cast<float*>(packed + to.scale),
+                  reinterpret_cast<int32_t*>(packed + to.sum));
+    }
+  };
+  part(layout.gates, layout.ih, args.input_size, w.w_ih, w.scale_ih);
+  part(layout.gates, layout.hh, args.output_size, w.w_hh, w.scale_hh);
+  part(layout.outputs, layout.hr, args.hidden_size, w.w_hr, w.scale_hr);
+}
+
 template <class Cell>
 struct ForwardInt8 : Forward<Cell, Int8> {
   using Base = Forward<Cell, Int8>;
   static void pack(const LayerArgs<float>& args, const Int8Weights& w, char* packed) {
-    const typename Base::Layout layout(args.input_size, args.hidden_size, args.output_size,
-                                       w.w_hr != nullptr);
-    const auto part = [&](const auto& panels, const auto& to, int64_t k_size, const int8_t* from,
-                          const float* scale) {
-      for (int64_t p = 0; p < panels.count() && to.elements; ++p) {
-        pack_weights<Int8>(panels, p, k_size, from, reinterpret_cast<int8_t*>(packed + to.panels));
-        pack_scales(panels, p, k_size, from, scale, reinterpret_cast<float*>(packed + to.scale),
-                    reinterpret_cast<int32_t*>(packed + to.sum));
-      }
-    };
-    part(layout.gates, layout.ih, args.input_size, w.w_ih, w.scale_ih);
-    part(layout.gates, layout.hh, args.output_size, w.w_hh, w.scale_hh);
-    part(layout.outputs, layout.hr, args.hidden_size, w.w_hr, w.scale_hr);
+    pack_int8(Base::kShape, args, w, packed);
   }
   static constexpr Int8Kernels table() {
     return {{Base::scratch, Base::run, Base::packed_bytes, nullptr}, pack};

@@ -2,7 +2,7 @@
 // bytes, their scales and sums.
 #pragma once
 
-#include "../cells/stages.h"
+#include "../cells/shape.h"
 #include "formats.h"
 
 namespace rnnfast::RNNFAST_TARGET {
@@ -10,12 +10,10 @@ namespace {
 
 // The gates of a unit side by side; of a cell with stages, which needs whole rows of them, gate by
 // gate as PyTorch has them.
-template <class Cell, class acc_t>
-Panels<acc_t> gate_panels(int64_t hidden_size, int gates = Cell::kGates) {
-  if constexpr (kHasStages<Cell>)
-    return {gates * hidden_size, 1};
-  else
-    return {hidden_size, gates};
+template <class acc_t>
+RNNFAST_HD Panels<acc_t> gate_panels(const CellShape& cell, int64_t hidden_size, int gates) {
+  if (cell.stages) return {gates * hidden_size, 1};
+  return {hidden_size, gates};
 }
 
 template <class Format>
@@ -26,30 +24,31 @@ struct PackedMatrix {
   DotProduct dot = nullptr;  // multiplies with the panels, if they hold groups
 };
 
-template <class Cell, class Format>
+template <class Format>
 struct PackedLayout {
   using weight_t = typename Format::weight_t;
+  using acc_t = typename Format::acc_t;
   static constexpr bool kScales = std::is_same_v<Format, Int8>;
 
   // Offsets in bytes, each a multiple of 64.
   struct Part {
     int64_t elements = 0, panels = 0, scale = 0, sum = 0;
   };
-  Panels<typename Format::acc_t> gates, outputs;
-  Panels<typename Format::acc_t> free_gates, linked_gates;  // of w_hh: cells/stages.h
+  Panels<acc_t> gates, outputs;
+  Panels<acc_t> free_gates, linked_gates;  // of w_hh: cells/stages.h
   Part ih, hh, hr, link;
   int64_t bytes = 0;
 
-  RNNFAST_HD PackedLayout(int64_t input_size, int64_t hidden_size, int64_t output_size,
-                          bool projection)
-      : gates(gate_panels<Cell, typename Format::acc_t>(hidden_size)),
+  PackedLayout(const CellShape& cell, int64_t input_size, int64_t hidden_size, int64_t output_size,
+               bool projection)
+      : gates(gate_panels<acc_t>(cell, hidden_size, cell.gates)),
         outputs{output_size, 1},
-        free_gates(gate_panels<Cell, typename Format::acc_t>(hidden_size, kFreeGatesOf<Cell>)),
-        linked_gates(gate_panels<Cell, typename Format::acc_t>(hidden_size, kLinkedGatesOf<Cell>)) {
+        free_gates(gate_panels<acc_t>(cell, hidden_size, cell.free_gates)),
+        linked_gates(gate_panels<acc_t>(cell, hidden_size, cell.linked_gates)) {
     place(ih, gates.padded(), input_size);
-    if (Cell::kRecurrence == Recurrence::kDense) place(hh, free_gates.padded(), output_size);
+    if (cell.recurrence == Recurrence::kDense) place(hh, free_gates.padded(), output_size);
     if (projection) place(hr, outputs.padded(), hidden_size);
-    if (kLinkedGatesOf<Cell> > 0) place(link, linked_gates.padded(), output_size);
+    if (cell.linked_gates > 0) place(link, linked_gates.padded(), output_size);
   }
 
   PackedMatrix<Format> matrix(const char* base, const Part& part) const {
@@ -63,12 +62,12 @@ struct PackedLayout {
   }
 
  private:
-  RNNFAST_HD int64_t take(int64_t size) {
+  int64_t take(int64_t size) {
     const int64_t at = bytes;
     bytes += divide_up(size, 64) * 64;
     return at;
   }
-  RNNFAST_HD void place(Part& part, int64_t columns, int64_t k_size) {
+  void place(Part& part, int64_t columns, int64_t k_size) {
     part.elements = columns * padded_k<Format>(k_size);
     part.panels = take(part.elements * static_cast<int64_t>(sizeof(weight_t)));
     if (kScales) part.scale = take(columns * 4);

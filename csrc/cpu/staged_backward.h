@@ -11,13 +11,14 @@ namespace {
 template <class Cell, class scalar_t>
 class StagedBackward : public BackwardPass<Cell, scalar_t> {
   using Base = BackwardPass<Cell, scalar_t>;
-  using Base::args_, Base::s_, Base::cell_, Base::mine_, Base::outputs_, Base::worker_;
+  using Base::args_, Base::s_, Base::cell_, Base::mine_, Base::outputs_, Base::worker_,
+      Base::kShape;
 
  public:
   using Base::Base;
 
   void start() {
-    const int64_t rows = linked_rows<Cell>(args_.hidden_size);
+    const int64_t rows = linked_rows();
     const Range packs = part_of(outputs_.count(), worker_.index, worker_.count);
     if (s_.w_link)
       for (int64_t p = packs.begin; p < packs.end; ++p)
@@ -42,8 +43,8 @@ class StagedBackward : public BackwardPass<Cell, scalar_t> {
       if constexpr (kLinkOf<Cell> == Link::kProduct) {
         for (int64_t r = 0; r < count; ++r) finish_row(row_of(t, mine_.rows.begin + r, row + r));
         row_product(outputs_, mine_.output_panels, count, false,
-                    s_.dgh + row * s_.gate_row + free_rows<Cell>(args_.hidden_size), s_.gate_row,
-                    {linked_weights(), s_.w_link, linked_rows<Cell>(args_.hidden_size)},
+                    s_.dgh + row * s_.gate_row + this->free_rows(), s_.gate_row,
+                    {linked_weights(), s_.w_link, linked_rows()},
                     s_.dlink + mine_.rows.begin * s_.link_row, s_.link_row);
       }
       for (int64_t r = 0; r < count; ++r) whole_row(row_of(t, mine_.rows.begin + r, row + r));
@@ -56,8 +57,9 @@ class StagedBackward : public BackwardPass<Cell, scalar_t> {
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
   static constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
 
+  int64_t linked_rows() const { return kShape.linked_gates * args_.hidden_size; }
   const scalar_t* linked_weights() const {
-    return args_.w_hh + free_rows<Cell>(args_.hidden_size) * args_.output_size;
+    return args_.w_hh + this->free_rows() * args_.output_size;
   }
   // The k-th of those behind the bias, each of a number a unit, or null; and its gradient.
   const scalar_t* norm_parameter(int k) const {

@@ -21,9 +21,8 @@ class StagedForward {
   StagedForward(const ForwardArgs<scalar_t>& args, const ForwardScratch<Format>& scratch)
       : args_(args),
         s_(scratch),
-        free_(gate_panels<Cell, scalar_t>(args.hidden_size, kFreeGatesOf<Cell>)),
-        linked_(gate_panels<Cell, scalar_t>(args.hidden_size, kLinkedGatesOf<Cell>)),
-        planes_(Cell::kSaved + Cell::kStates - 1 + kNormPlanes<Cell>) {}
+        free_(gate_panels<scalar_t>(kShape, args.hidden_size, kShape.free_gates)),
+        linked_(gate_panels<scalar_t>(kShape, args.hidden_size, kShape.linked_gates)) {}
 
   // A share of the panels of w_hh; those of w_ih and the biases are packed as always.
   void pack(const Worker& worker) const {
@@ -71,6 +70,7 @@ class StagedForward {
  private:
   static constexpr int64_t kLanes = lanes_of<scalar_t>;
   static constexpr bool kDense = Cell::kRecurrence == Recurrence::kDense;
+  static constexpr CellShape kShape = shape_of<Cell>();
   static constexpr bool kLinked = kLinkOf<Cell> == Link::kProduct;
 
   // The k-th of those behind the bias, each of a number a unit; null: there are none.
@@ -82,9 +82,10 @@ class StagedForward {
   void norm_gates(int64_t row, int side, const scalar_t* bias, scalar_t* gates) const {
     const int64_t size = args_.hidden_size;
     if (args_.saved)
-      __builtin_memcpy(
-          args_.saved + (row * planes_ + planes_ - kNormPlanes<Cell> + side * Cell::kGates) * size,
-          gates, Cell::kGates * size * sizeof(scalar_t));
+      __builtin_memcpy(args_.saved + (row * kShape.planes + kShape.planes - kNormPlanes<Cell> +
+                                      side * Cell::kGates) *
+                                         size,
+                       gates, Cell::kGates * size * sizeof(scalar_t));
     const scalar_t* gain = norm_parameter(side * Cell::kGates);
     for_norm_groups<Cell>(size, [&](int64_t begin, int64_t count) {
       normalise(gates + begin, count, gain ? gain + begin : nullptr, bias ? bias + begin : nullptr,
@@ -158,7 +159,7 @@ class StagedForward {
     const scalar_t *gh = s_.gh + b * s_.gx_row, *link = s_.link + b * s_.h_row;
     scalar_t* y = args_.y ? args_.y + row * size : nullptr;
     scalar_t* h_n = is_last(args_, t, b) ? args_.h_n + b * size : nullptr;
-    scalar_t* saved = args_.saved ? args_.saved + row * planes_ * size : nullptr;
+    scalar_t* saved = args_.saved ? args_.saved + row * kShape.planes * size : nullptr;
     for_units<scalar_t>(size, [&](auto zero, int64_t unit, int64_t left) {
       using W = decltype(zero);
       W gates_x[Cell::kGates], gates_h[Cell::kGates], state[Cell::kStates];
@@ -194,7 +195,6 @@ class StagedForward {
   const ForwardArgs<scalar_t>& args_;
   const ForwardScratch<Format>& s_;
   const Panels<scalar_t> free_, linked_;  // of w_hh
-  const int planes_;
   const Cell cell_ = make_cell<Cell>(args_.options);
 };
 
