@@ -171,6 +171,12 @@ def test_batch_norm_errors() -> None:
             DEVICE.batch_norm_forward(*args)
     finally:
         DEVICE.cuda_set_kernel(before)
+    assert DEVICE.cuda_last_run(5) == 0
+    DEVICE.set(FLAG, 1)
+    DEVICE.batch_norm_forward(*args)
+    assert DEVICE.cuda_last_run(5) == 0, "float64 has no TF32"
+    DEVICE.batch_norm_forward(*(a.float() if isinstance(a, Tensor) else a for a in args))
+    assert DEVICE.cuda_last_run(5) == 1
     DEVICE.set(CAPABILITY, 75)
     with pytest.raises(RuntimeError, match=r"compute capability 8.0 or higher, got 7.5"):
         DEVICE.batch_norm_forward(*args)

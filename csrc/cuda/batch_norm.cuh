@@ -14,7 +14,9 @@ namespace {
 
 // Few units, so that there are blocks for the whole device; of float32 as many as memory gives at a
 // time. A multiprocessor seldom gets more than one block: registers may be many.
-constexpr int kTileUnits = 8, kTileRows = kThreads / kTileUnits, kTileBlocks = 2;
+constexpr int kTileUnits = 8, kTileRows = kThreads / kTileUnits;
+template <class scalar_t>
+constexpr int kTileBlocks = sizeof(scalar_t) > 4 ? 1 : 2;
 
 // Where the means and variances of both products and of c begin, and planes of what forward keeps.
 enum : int { kOfInput = 0, kOfHidden = 4, kOfC = 8 };
@@ -100,7 +102,7 @@ struct BatchNormForwardStep {
 };
 
 template <class scalar_t>
-__global__ void __launch_bounds__(kThreads, kTileBlocks)
+__global__ void __launch_bounds__(kThreads, kTileBlocks<scalar_t>)
     batch_norm_forward(const BatchNormForwardStep<scalar_t> p) {
   const int64_t H = p.hidden;
   const TileThread mine(H, p.rows);
@@ -207,7 +209,7 @@ struct BatchNormBackwardStep {
 };
 
 template <class scalar_t>
-__global__ void __launch_bounds__(kThreads, kTileBlocks)
+__global__ void __launch_bounds__(kThreads, kTileBlocks<scalar_t>)
     batch_norm_backward(const BatchNormBackwardStep<scalar_t> p) {
   const int64_t H = p.hidden;
   const TileThread mine(H, p.rows);
