@@ -90,10 +90,12 @@ def run(stack: Stack, input: Any, hx: Any, lengths: Any) -> Any:
     batched = True
     if isinstance(input, PackedSequence):
         x, batch_sizes, order, back = input
+        check_dense(x, "input")
         check_batch_sizes(batch_sizes, x.size(0))
         batch = int(batch_sizes[0])
     else:
         x = input
+        check_dense(x, "input")
         if x.dim() not in (2, 3):
             raise ValueError(
                 f"BatchNormLSTM: Expected input to be 2D or 3D, got {x.dim()}D instead"
@@ -103,7 +105,6 @@ def run(stack: Stack, input: Any, hx: Any, lengths: Any) -> Any:
         batch = x.size(1)
         if x.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    check_dense(x, "input")
     weight: Any = stack.weights[0][0]
     if x.size(-1) != weight.size(1):
         raise RuntimeError(

@@ -95,6 +95,13 @@ def batch_norm_lstm(
     means = _tensors("running_mean", running_mean, 1, count)
     variances = _tensors("running_var", running_var, 1, count)
     w_ih = flat[0]
+    for name, tensors in (("weights", flat), ("running_mean", means), ("running_var", variances)):
+        for k, one in enumerate(tensors):
+            if one.device != w_ih.device:
+                raise RuntimeError(
+                    f"rnnfast: {name}[{k}] must be on the device of weights[0], {w_ih.device}, got "
+                    f"{one.device}"
+                )
     if w_ih.dim() != 2 or w_ih.size(0) == 0 or w_ih.size(0) % 4:
         raise RuntimeError(f"rnnfast: w_ih must have shape (4*H, I), got {tuple(w_ih.shape)}")
     columns = STATISTICS * (w_ih.size(0) // 4)

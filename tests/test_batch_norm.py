@@ -506,6 +506,10 @@ ONES = torch.ones(24)
             {"running_mean": [torch.ones(0, 54)]}, RuntimeError,
             r"running_mean\[0\] must have shape \(S, 9\*H\) = \(1, 54\), got \(0, 54\)",
         ),
+        (
+            {"running_var": [torch.ones(4, 54, device="meta")]}, RuntimeError,
+            r"running_var\[0\] must be on the device of weights\[0\], cpu, got meta",
+        ),
         ({"running_mean": [torch.ones(4, 54, dtype=f64)]}, RuntimeError, "dtype of x, float32"),
         ({"bidirectional": "a"}, TypeError, "bidirectional .* must be a bool, got str"),
         ({"training": 1}, TypeError, "training of BatchNormLSTM must be a bool, got int"),
@@ -530,6 +534,7 @@ def test_operator_errors() -> None:
     good = [X, h, h[None], *weights, mean, mean, None, True, 1e-5, False]
     for at, bad, words in (
         (5, torch.zeros(7), r"gain_ih must have shape \(4\*H,\) = \(24,\), got \(7,\)"),
+        (7, torch.zeros(6), r"bias must have shape \(4\*H,\) = \(24,\), got \(6,\)"),
         (8, torch.zeros(6).double(), "gain_c must have the dtype of x, float32, got float64"),
         (10, mean[:0], r"running_mean must have shape \(max_steps, 9\*H\), got \(0, 54\)"),
         (11, mean[:, 1:], r"running_var must have shape \(max_steps, 9\*H\) = \(4, 54\)"),

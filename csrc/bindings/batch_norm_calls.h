@@ -28,7 +28,7 @@ class BatchNormCall {
   BatchNormCall(const Tensor& x, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
                 const Tensor& w_hh, const Gains& gains, const OptionalTensor& bias,
                 const OptionalTensor& batch_sizes, bool training, double eps)
-      : layer(checked(torch_contiguous(x), h0, c0, w_ih, w_hh, bias, batch_sizes)),
+      : layer(checked(torch_contiguous(x), h0, c0, w_ih, w_hh, batch_sizes)),
         training_(training),
         eps_(eps) {
     const int64_t H = layer.hidden_size;
@@ -36,6 +36,7 @@ class BatchNormCall {
               checked("gain_hh", gains.hh, "(4*H,)", {4 * H}),
               checked("gain_c", gains.c, "(H,)", {H}),
               checked("bias_c", gains.bias_c, "(H,)", {H})};
+    if (bias) bias_ = checked("bias", *bias, "(4*H,)", {4 * H});
     if (!(eps > 0)) fail("eps must be positive, got " + std::to_string(eps));
   }
 
@@ -60,8 +61,10 @@ class BatchNormCall {
                              : empty({layer.seq_len, layer.batch, columns});
   }
   template <class scalar_t>
-  BatchNorm<scalar_t> norm() const {
-    return {data<scalar_t>(gains_.ih),
+  void fill(LayerArgs<scalar_t>& args, BatchNorm<scalar_t>& norm) const {
+    layer.fill(args);
+    args.b_ih = bias_ ? data<scalar_t>(*bias_) : nullptr;
+    norm = {data<scalar_t>(gains_.ih),
             data<scalar_t>(gains_.hh),
             data<scalar_t>(gains_.c),
             data<scalar_t>(gains_.bias_c),
@@ -83,17 +86,18 @@ class BatchNormCall {
 
  private:
   static CheckedLayer checked(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                              const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& bias,
+                              const Tensor& w_ih, const Tensor& w_hh,
                               const OptionalTensor& batch_sizes) {
     const OptionalTensor none;
     CheckedLayer layer(
-        {x, h0, c0, w_ih, w_hh, bias, none, none, batch_sizes, none, kBatchNormCell, false});
+        {x, h0, c0, w_ih, w_hh, none, none, none, batch_sizes, none, kBatchNormCell, false});
     if (layer.dtype != accumulator_dtype(layer.dtype))
       fail(std::string("x must be float32 or float64, got ") + dtype_text(layer.dtype));
     return layer;
   }
 
   Gains gains_;
+  OptionalTensor bias_;
   bool training_;
   double eps_;
 };
@@ -137,8 +141,7 @@ struct BatchNormOps {
         [&, &y = y, &h_n = h_n, &c_n = c_n, &mean = mean, &var = var, &saved = saved](auto number) {
           using scalar_t = decltype(number);
           BatchNormArgs<scalar_t> args{};
-          layer.fill(args);
-          args.norm = call.norm<scalar_t>();
+          call.fill(args, args.norm);
           args.running_mean = call.data<scalar_t>(means);
           args.running_var = call.data<scalar_t>(vars);
           args.max_steps = steps;
@@ -188,8 +191,7 @@ struct BatchNormOps {
     call.with_number([&](auto number) {
       using scalar_t = decltype(number);
       BatchNormBackwardArgs<scalar_t> args{};
-      layer.fill(args);
-      args.norm = call.norm<scalar_t>();
+      call.fill(args, args.norm);
       args.mean = call.data<scalar_t>(means);
       args.var = call.data<scalar_t>(vars);
       args.y = call.data<scalar_t>(all_y);
