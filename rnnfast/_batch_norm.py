@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _modes, engine, reference
-from ._checks import DTYPES, has_values
+from . import _modes, _route, engine, reference
+from ._checks import has_values
 from ._library import load
 from .ops import below_autograd, refuse_tangents_in, vjp
 
@@ -17,9 +17,10 @@ load()
 
 forward = torch.ops.rnnfast.batch_norm_forward.default
 backward = torch.ops.rnnfast.batch_norm_backward.default
+threads_of = torch.ops.rnnfast.batch_norm_threads.default
 
 _PLANES = 13  # what forward keeps of each unit and row: gates, both products, c
-_STATISTICS = 9  # of each unit and step: of both products, and of c
+STATISTICS = 9  # of each unit and step: of both products, and of c
 _INPUTS = 10  # the differentiable arguments: x, h0, c0, w_ih, w_hh, gains, bias, gain_c, bias_c
 
 
@@ -32,7 +33,7 @@ def forward_fake(
     hidden = w_hh.shape[1]
     steps = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     rows = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
-    statistics = (steps, _STATISTICS * hidden) if save or training else (0,)
+    statistics = (steps, STATISTICS * hidden) if save or training else (0,)
     return (
         x.new_empty((*x.shape[:-1], hidden)),
         x.new_empty(h0.shape),
@@ -154,40 +155,21 @@ torch.library.register_autograd(
 refuse_tangents_in("rnnfast::batch_norm_forward", forward, BatchNormStep)
 
 
-def use_reference(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a call goes to reference.py; an error if nothing can run it."""
-    x = tensors[0]
-    assert x is not None
-    if engine.forced == "reference" or _modes.transforms_active() or _modes.has_tangent(tensors):
-        return True
-    if x.dtype not in DTYPES:
-        raise RuntimeError(
-            "rnnfast: the engines compute in float32, float64, bfloat16 and float16, got "
-            f"{x.dtype}; convert with .float(), or run plain torch operators with "
-            'rnnfast.use_engine("reference")'
-        )
-    if not (x.is_cpu or x.is_meta) or engine.forced == "cuda":
-        raise RuntimeError(
-            f"rnnfast: BatchNormLSTM runs on the CPU engine only, for now, got a tensor on "
-            f"{x.device}" + (' and use_engine("cuda")' if engine.forced == "cuda" else "") + "; "
-            'run plain torch operators with rnnfast.use_engine("reference")'
-        )
-    return False
-
-
 def run(*args: Any) -> tuple[Tensor, ...]:
     """One direction by whatever looks on: the arguments of the operator but ``save``. Gives y, h_n,
     c_n, and the statistics of each step (empty where nobody asks)."""
     tensors = args[:_INPUTS]
-    if use_reference(tensors):
-        if not torch.compiler.is_compiling():
-            engine.note_reference()
-        return reference.batch_norm_lstm(*args)
-    dtype = tensors[0].dtype
+    x, h0, c0, *weights = tensors
+    on_reference = _route.use_reference(x, h0, c0, weights, without_rules=True)
+    dtype = x.dtype
     if dtype in (torch.float16, torch.bfloat16):  # computed in float32, and rounded once
         wide = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
         y, h_n, c_n, *statistics = run(*wide)
         return y.to(dtype), h_n.to(dtype), c_n.to(dtype), *statistics
+    if on_reference:
+        if not torch.compiler.is_compiling():
+            engine.note_reference()
+        return reference.batch_norm_lstm(*args)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     args = (*args, save)
     out: Any

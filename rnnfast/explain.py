@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _cuda, engine
+from ._batch_norm import threads_of
 from ._checks import DTYPES, check_dense
 from ._layer import Layer, spec_of
+from .batch_norm import BatchNormLSTM
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .cells import CellSpec, cell_spec
 from .quantize import Quantized
@@ -252,6 +254,40 @@ def _row(
     return Row(name, shape, "cpu", ran, threads, split, kernel, reason)
 
 
+def _batch_norm_row(
+    name: str, sizes: tuple[int, int, int, int, int], weight: Tensor, train: bool
+) -> Row:
+    """The row of a direction of BatchNormLSTM, whose kernels are its own."""
+    steps, batch, inputs, hidden, _ = sizes
+    dtype = torch.float32 if weight.dtype in DTYPES and weight.dtype.itemsize == 2 else weight.dtype
+    row = _row(name, cell_spec("lstm"), sizes, dtype, weight.device, train)
+    text = str(weight.dtype).removeprefix("torch.")
+    shape = f"batch_norm_lstm T={steps} B={batch} I={inputs} H={hidden} {text}"
+    row = replace(row, shape=shape + " train" * train)
+    if row.engine == "cuda" and row.kernel != "step":
+        why = "the on-chip engine has no batch normalisation (use_engine forces it)"
+        return Row(name, row.shape, "none", "-", 0, "-", "-", why)
+    if row.engine != "cpu":
+        return row
+    threads = threads_of(batch, inputs, hidden, torch.get_num_threads())
+    isa = engine.ran_isa(engine.active_isa(), False)
+    parts = [
+        f"{isa} is {'forced' if engine.isa_is_forced() else 'the widest of this machine'}",
+        f"{threads} threads take hidden units of all rows, and meet once a step"
+        if threads > 1
+        else "too little work, or one thread, to divide",
+        "the kernels of recurrent batch normalisation pack the weights at each call",
+    ]
+    return replace(
+        row,
+        isa=isa,
+        threads=threads,
+        split="units" if threads > 1 else "serial",
+        kernel="packed",
+        reason="; ".join(parts),
+    )
+
+
 def _check_sizes(layer: nn.Module, x: Any, seq_len: Any, batch: Any) -> None:
     """Of what a layer alone is asked about: it is not run, and says nothing itself."""
     for size, found in (("seq_len", seq_len), ("batch", batch)):
@@ -277,12 +313,12 @@ def _layer_rows(name: str, module: nn.Module, x: Any, seq_len: int, batch: int) 
     tensors = module.buffers if quantized else module.parameters
     weight = next(tensors(recurse=False), torch.empty(0))
     train = torch.is_grad_enabled() and weight.requires_grad
-    if not isinstance(module, (Layer, Quantized, LSTMCell, GRUCell, RNNCell)):
+    if not isinstance(module, (Layer, Quantized, BatchNormLSTM, LSTMCell, GRUCell, RNNCell)):
         why = "a layer of torch.nn: rnnfast.accelerate(model) swaps it, or logs why not"
         return [Row(name, type(module).__name__, "torch.nn", "-", 0, "-", "-", why)]
     m: Any = module
     cells = {"LSTMCell": "lstm", "GRUCell": "gru"}
-    if isinstance(module, (Layer, Quantized)):
+    if isinstance(module, (Layer, Quantized, BatchNormLSTM)):
         if isinstance(x, PackedSequence):
             seq_len, batch = x.batch_sizes.numel(), int(x.batch_sizes[0])
         elif x is not None and x.dim() == 3:
@@ -290,6 +326,18 @@ def _layer_rows(name: str, module: nn.Module, x: Any, seq_len: int, batch: int) 
         elif x is not None:
             seq_len, batch = x.size(0), 1
         directions = 2 if m.bidirectional else 1
+        if isinstance(module, BatchNormLSTM):
+            h = module.hidden_size
+            return [
+                _batch_norm_row(
+                    f"{name}.{suffix[1:]}".lstrip("."),
+                    (seq_len, batch, m.input_size if k == 0 else directions * h, h, h),
+                    weight,
+                    train,
+                )
+                for k in range(module.num_layers)
+                for suffix in module._suffixes(k)
+            ]
         spec = spec_of(module)
         hidden = m.hidden_size // spec.heads  # of a pass
         out = m.proj_size or hidden
@@ -422,7 +470,7 @@ def explain(
     layers: dict[str, nn.Module] = {
         name: module
         for name, module in what.named_modules()
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase, Quantized))
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase, Quantized, BatchNormLSTM))
     }
     inputs: dict[str, Any] = {}
     if x is not None:

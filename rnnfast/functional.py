@@ -21,6 +21,7 @@ from ._cell_functions import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 from ._checks import check_dense
 from ._signatures import Input as Form
 from ._signatures import States
+from .batch_norm_functional import batch_norm_lstm
 from .cells import CellSpec, cell_spec, chosen_cell
 from .gru import kind_of as gru_kind_of
 from .lstm import kind_of
@@ -30,6 +31,7 @@ from .slstm_functional import slstm
 from .sru import sru
 
 __all__ = [
+    "batch_norm_lstm",
     "gru",
     "gru_cell",
     "indrnn",

@@ -49,7 +49,7 @@ NOT_FOR_IT = {
 def operators() -> Any:
     """torch.ops.rnnfast_on_host, with the derivatives of torch.ops.rnnfast."""
     import rnnfast
-    from rnnfast import _group, _lengths, _masked, ops, scan
+    from rnnfast import _batch_norm, _group, _lengths, _masked, ops, scan
 
     torch.ops.load_library(str(Path(rnnfast.__file__).with_name("_on_host.so")))
     for name, fake, backward, setup in (
@@ -71,6 +71,18 @@ def operators() -> Any:
         ),
         ("scan", scan.scan_fake, scan._scan_formula, scan._scan_setup),
         ("scan_backward", scan.scan_backward_fake, scan._backward_formula, scan._backward_setup),
+        (
+            "batch_norm_forward",
+            _batch_norm.forward_fake,
+            _batch_norm._formula,
+            _batch_norm._forward_setup,
+        ),
+        (
+            "batch_norm_backward",
+            _batch_norm.backward_fake,
+            _batch_norm._double_backward,
+            _batch_norm._backward_setup,
+        ),
     ):
         torch.library.register_fake(f"{LIBRARY}::{name}", fake)
         torch.library.register_autograd(f"{LIBRARY}::{name}", backward, setup_context=setup)
@@ -86,7 +98,7 @@ def fill_fresh_memory(byte: int) -> None:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts the operators of the device on the host where Python calls the CPU's."""
-    from rnnfast import _group, _lengths, _masked, _run, _step, ops, scan
+    from rnnfast import _batch_norm, _group, _lengths, _masked, _run, _step, ops, scan
 
     found = operators()
     monkeypatch.setattr(ops, "forward", found.forward.default)
@@ -98,6 +110,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_lengths, "backward", found.backward_lengths.default)
     monkeypatch.setattr(_masked, "forward", found.forward_masked.default)
     monkeypatch.setattr(_masked, "backward", found.backward_masked.default)
+    monkeypatch.setattr(_batch_norm, "forward", found.batch_norm_forward.default)
+    monkeypatch.setattr(_batch_norm, "backward", found.batch_norm_backward.default)
     monkeypatch.setattr(_run, "_forward", found.forward.default)
     monkeypatch.setattr(_step, "_forward", found.forward.default)
     monkeypatch.setattr(_group, "_forward_group", found.forward_group.default)

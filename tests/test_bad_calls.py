@@ -4,6 +4,7 @@ words are torch.nn's.)"""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -354,6 +355,8 @@ def test_cells(kind: str) -> None:
 
 
 def _weights(name: str) -> list[Tensor]:
+    if name == "batch_norm_lstm":
+        return [rand(36, 5), rand(36, 9), rand(36), rand(36), rand(36), rand(9), rand(9)]
     gates = {"lstm": 4, "gru": 3}.get(name.removesuffix("_cell"), 1)
     recurrent = rand(9) if name.startswith("indrnn") else rand(9 * gates, 9)
     return [rand(9 * gates, 5), recurrent, rand(9 * gates), rand(9 * gates)]
@@ -362,6 +365,13 @@ def _weights(name: str) -> list[Tensor]:
 @pytest.mark.parametrize("name", [n for n in functional.__all__ if not n.endswith("_cell")])
 def test_functions(name: str) -> None:
     function, w = getattr(functional, name), _weights(name)
+    if name == "batch_norm_lstm":
+        running: dict[str, Any] = {k: [torch.ones(4, 81)] for k in ("running_mean", "running_var")}
+        for make in NO_TENSORS.values():
+            for which in running:
+                check(function, (x(), None, w), **running | {which: make()})
+                check(function, (x(), None, w), **running | {which: [make()]})
+        function = functools.partial(function, **running)
     for what, make in NO_TENSORS.items():
         check(function, (make(), None, w))
         check(function, (x(), None, make()))

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import works
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from variants import f64
 
 import rnnfast
-from rnnfast import _batch_norm, reference
+from rnnfast import _batch_norm, engine, functional, reference
 
 
 class Plain(nn.Module):
@@ -285,7 +286,15 @@ def test_forced_reference_and_unbatched() -> None:
         assert torch.equal(layer(x[:, 1])[0], y)
 
 
-def test_compiled() -> None:
+@works.row(
+    "Compilers and export",
+    "`BatchNormLSTM`, recurrent batch normalisation, in `torch.compile(fullgraph=True)`, training",
+    torch_nn="no such layer",
+    error="has no attribute 'BatchNormLSTM'",
+    cuda=False,
+)
+def test_compiled(library: Any, device: torch.device) -> None:
+    assert library.BatchNormLSTM is rnnfast.BatchNormLSTM
     layer = make(4, 6, 2, bidirectional=True, dtype=torch.float32)
     other, x = copy.deepcopy(layer), torch.randn(5, 3, 4)
     torch._dynamo.reset()  # each kind of layer is one more version of the same code
@@ -335,6 +344,7 @@ def layer(**options: Any) -> Any:
         (lambda: layer(momentum=1.5), ValueError, r"momentum .* must be in \[0, 1\], got 1.5"),
         (lambda: layer(momentum=float("nan")), ValueError, r"must be in \[0, 1\], got nan"),
         (lambda: layer(momentum=None), TypeError, "momentum .* must be a number, got NoneType"),
+        (lambda: layer(bidirectional="a"), TypeError, "bidirectional .* must be a bool, got str"),
         (lambda: layer(eps=0), ValueError, "eps of BatchNormLSTM must be positive, got 0"),
         (lambda: layer(dropout=2.0), ValueError, "dropout"),
         (lambda: rnnfast.BatchNormLSTM(5, 0, max_steps=1), ValueError, "hidden_size must be"),
@@ -364,10 +374,156 @@ def test_errors(call: Any, error: Any, words: str) -> None:
         call()
 
 
-def test_other_engines() -> None:
+def test_other_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     with rnnfast.use_engine("cpu"):
         assert layer()(X)[0].shape == (4, 3, 6)
     assert layer(device="meta")(X.to("meta"))[0].shape == (4, 3, 6)
+    monkeypatch.setattr(engine, "forced", "cuda")
+    with pytest.raises(RuntimeError, match='engine "cuda" was forced, got a tensor on cpu'):
+        layer()(X)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_autocast(name: str, dtype: torch.dtype) -> None:
+    """The bits of a layer of the type, whose statistics are float32; gradients are float32."""
+    one = make(5, 9, 2, bidirectional=True, dtype=torch.float32)
+    half = copy.deepcopy(one)
+    with torch.no_grad():
+        for w in half.parameters():
+            w.copy_(w.to(dtype))
+    x = torch.randn(4, 6, 5)
+    with rnnfast.use_engine(name):
+        with torch.autocast("cpu", dtype=dtype):
+            y, (h_n, _) = one(x)
+            assert y.dtype == h_n.dtype == dtype
+            assert one(x, (h_n, h_n.float()))[0].dtype == dtype
+            assert copy.deepcopy(one).double()(x)[0].dtype == f64, "float64 stays"
+        grads = torch.autograd.grad(y.float().sum(), list(one.parameters()))
+        assert all(g.dtype == torch.float32 for g in grads)
+        if name == "cpu":  # one layer, since between layers y is rounded
+            a, b = (rnnfast.BatchNormLSTM(5, 9, max_steps=2) for _ in range(2))
+            with torch.no_grad():
+                for p, q in zip(a.parameters(), b.parameters(), strict=True):
+                    q.copy_(p.to(dtype))
+            with torch.autocast("cpu", dtype=dtype):
+                got = a(x)[0]
+            assert torch.equal(got, b(x.to(dtype).float())[0].to(dtype))
+            close(a.buffers(), b.buffers())
+
+
+def test_max_steps_is_what_the_buffers_have() -> None:
+    one = layer(max_steps=2)
+    assert one.max_steps == 2
+    with pytest.raises(AttributeError):
+        one.max_steps = 9
+    assert one(X)[0].shape == (4, 3, 6)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_explain(threads: int) -> None:
+    torch.set_num_threads(threads)
+    one = layer(num_layers=2, bidirectional=True)
+    rows = rnnfast.explain(one, X).rows
+    assert [row.layer for row in rows] == ["l0", "l0_reverse", "l1", "l1_reverse"]
+    assert rows[2].shape == "batch_norm_lstm T=4 B=3 I=12 H=6 float32 train"
+    assert {(row.engine, row.threads, row.split) for row in rows} == {("cpu", 1, "serial")}
+    large = rnnfast.explain(rnnfast.BatchNormLSTM(64, 256, max_steps=1), batch=64).rows[0]
+    if threads > 1 and large.threads > 1:  # a machine may have one processor
+        assert large.split == "units" and "2 threads take hidden units" in large.reason
+    inside = nn.ModuleDict({"a": one, "b": rnnfast.GRU(6, 6)})
+    assert len(rnnfast.explain(inside).rows) == 5
+    with rnnfast.use_engine("reference"):
+        assert rnnfast.explain(one, X).rows[0].engine == "reference"
+    assert rnnfast.explain(one.to(torch.float16), X).rows[0].engine == "cpu"
+    assert rnnfast.explain(one.to(torch.float8_e5m2), X).rows[0].engine == "none"
+
+
+# --------------------------------------------------------------------------- without a module
+
+
+def tensors_of(one: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    names = [name for k in range(one.num_layers) for name in one._suffixes(k)]
+    weights = [w for direction in one._stack().weights for w in direction]
+    means, variances = (
+        [getattr(one, f"running_{which}{name}") for name in names] for which in ("mean", "var")
+    )
+    return [w for w in weights if w is not None], means, variances
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 3, 1]])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_function_is_the_layer(training: bool, bias: bool, lengths: Any) -> None:
+    one = make(4, 6, 2, bidirectional=True, bias=bias, batch_first=True, momentum=0.3, dropout=0.2)
+    one.train(training)
+    other, x = copy.deepcopy(one), torch.randn(3, 5, 4, dtype=f64)
+    hx = torch.randn(4, 3, 6, dtype=f64), torch.randn(4, 3, 6, dtype=f64)
+    n = None if lengths is None else torch.tensor(lengths)
+    weights, means, variances = tensors_of(other)
+    torch.manual_seed(1)
+    got = functional.batch_norm_lstm(
+        x, hx, weights, means, variances, num_layers=2, bidirectional=True, bias=bias,
+        batch_first=True, momentum=0.3, dropout=0.2, training=training, lengths=n, eps=other.eps,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    want = one(x, hx, lengths=n)
+    pairs = [(got[0], want[0]), *zip(got[1], want[1], strict=True)]
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert all(torch.equal(a, b) for a, b in zip(other.buffers(), one.buffers(), strict=True))
+    leaves, others = list(one.parameters()), list(other.parameters())
+    grads = [torch.autograd.grad(y.sum(), of) for y, of in ((got[0], others), (want[0], leaves))]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def call(**changed: Any) -> Any:
+    one = layer()
+    weights, means, variances = tensors_of(one)
+    given: dict[str, Any] = {
+        "input": X, "hx": None, "weights": weights, "running_mean": means,
+        "running_var": variances, "training": True,
+    }  # fmt: skip
+    return functional.batch_norm_lstm(**given | changed)
+
+
+ONES = torch.ones(24)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"weights": [ONES] * 6}, RuntimeError, "weights must hold 7 tensors .* = 7, got 6"),
+        ({"weights": [ONES] * 7}, RuntimeError, r"w_ih must have shape \(4\*H, I\), got \(24,\)"),
+        ({"weights": ONES}, TypeError, "weights must be a list of tensors, got Tensor"),
+        ({"weights": [1] * 7}, TypeError, r"weights\[0\] must be a tensor, got int"),
+        ({"running_mean": ONES}, TypeError, "running_mean must be a list of tensors, got Tensor"),
+        ({"running_mean": []}, RuntimeError, "running_mean must hold 1 tensors .* got 0"),
+        (
+            {"running_var": [torch.ones(3, 54)]}, RuntimeError,
+            r"running_var\[0\] must have shape \(S, 9\*H\) = \(4, 54\), got \(3, 54\)",
+        ),
+        (
+            {"running_mean": [torch.ones(0, 54)]}, RuntimeError,
+            r"running_mean\[0\] must have shape \(S, 9\*H\) = \(1, 54\), got \(0, 54\)",
+        ),
+        (
+            {"running_var": [torch.ones(4, 54, device="meta")]}, RuntimeError,
+            r"running_var\[0\] must be on the device of weights\[0\], cpu, got meta",
+        ),
+        ({"running_mean": [torch.ones(4, 54, dtype=f64)]}, RuntimeError, "dtype of x, float32"),
+        ({"bidirectional": "a"}, TypeError, "bidirectional .* must be a bool, got str"),
+        ({"training": 1}, TypeError, "training of BatchNormLSTM must be a bool, got int"),
+        ({"momentum": None}, TypeError, "momentum .* must be a number, got NoneType"),
+        ({"momentum": 2}, ValueError, r"momentum .* must be in \[0, 1\], got 2"),
+        ({"eps": 0.0}, ValueError, "eps of BatchNormLSTM must be positive, got 0.0"),
+        ({"num_layers": 0}, RuntimeError, "num_layers must be an int >= 1, got 0"),
+        ({"input": X[:, :1]}, ValueError, "Expected more than 1 value per channel"),
+        ({"input": X[..., :2]}, RuntimeError, "Expected 5, got 2"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_function(changed: Any, error: Any, words: str) -> None:
+    with pytest.raises(error, match=words):
+        call(**changed)
 
 
 def test_operator_errors() -> None:
@@ -378,6 +534,7 @@ def test_operator_errors() -> None:
     good = [X, h, h[None], *weights, mean, mean, None, True, 1e-5, False]
     for at, bad, words in (
         (5, torch.zeros(7), r"gain_ih must have shape \(4\*H,\) = \(24,\), got \(7,\)"),
+        (7, torch.zeros(6), r"bias must have shape \(4\*H,\) = \(24,\), got \(6,\)"),
         (8, torch.zeros(6).double(), "gain_c must have the dtype of x, float32, got float64"),
         (10, mean[:0], r"running_mean must have shape \(max_steps, 9\*H\), got \(0, 54\)"),
         (11, mean[:, 1:], r"running_var must have shape \(max_steps, 9\*H\) = \(4, 54\)"),

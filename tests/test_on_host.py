@@ -5,6 +5,7 @@ What a GPU adds (its arithmetic, launches, streams, cuBLAS itself) is test_cuda*
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,6 +110,76 @@ def test_scans(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     assert torch.equal(DEVICE.scan(2 * one, one, -one[0], False), -one)
     only_b = DEVICE.scan_backward(dh, a, h, None, True, 2)
     assert [t.numel() for t in only_b] == [0, a.numel(), 0]
+
+
+BATCHES = [(5, 2, 3, 1), (4, 70, 2, 33), (9, 31, 1, 8)]  # T, B, I, H
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", BATCHES, ids=str)
+def test_batch_norms(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """As the CPU engine, kept planes and statistics too; columns far from zero in float32."""
+    steps, batch, inputs, H = sizes
+    shapes = [(steps, batch, inputs), (batch, H), (1, batch, H), (4 * H, inputs), (4 * H, H)]
+    shapes += [(4 * H,)] * 3 + [(H,)] * 2 + [(3, 9 * H)]
+    given = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    given[0] += 100
+    tail = (*given[-1:], given[-1].abs() + 0.5)
+    exact = dtype == torch.float64
+    near = {"rtol": 1e-10, "atol": 1e-11} if exact else {"rtol": 1e-3, "atol": 1e-3}
+    sizes_of = torch.tensor([batch, *[max(1, batch - 1 - t) for t in range(1, steps)]])
+    for packed, training in itertools.product((False, True), repeat=2):
+        x = given[0] if not packed else given[0].flatten(0, 1)[: int(sizes_of.sum())]
+        rows = sizes_of if packed else None
+        found = [
+            ops.batch_norm_forward(x, *given[1:10], *tail, rows, training, 0.5, True)
+            for ops in (CPU, DEVICE)
+        ]
+        for mine, want in zip(found[1], found[0], strict=True):
+            torch.testing.assert_close(mine, want, **near)
+        y, h_n, c_n, mean, var, saved = found[0]
+        back = (x, *given[1:10], rows, y, mean, var, saved, training, 0.5)
+        for dout in ((torch.cos(y), torch.sin(h_n), torch.sin(c_n)), (None, h_n, None)):
+            want, mine, without = (
+                ops.batch_norm_backward(*dout, *back, needs)
+                for ops, needs in ((CPU, True), (DEVICE, True), (DEVICE, False))
+            )
+            if exact:
+                close(list(mine), list(want))
+            assert without[0].numel() == 0
+            assert all(torch.equal(a, b) for a, b in zip(mine[1:], without[1:], strict=True))
+
+
+def test_batch_norm_errors() -> None:
+    layer = rnnfast.BatchNormLSTM(4, 5, max_steps=3, dtype=torch.float64)
+    weights, h = list(layer.parameters()), torch.zeros(3, 5, dtype=torch.float64)
+    args = (
+        torch.randn(6, 3, 4, dtype=torch.float64), h, h[None], *weights[:4], *weights[4:],
+        *layer.buffers(), None, True, 1e-5, False,
+    )  # fmt: skip
+    DEVICE.set(LAUNCHES_LEFT, 2)
+    words = r"failed in batch_norm_forward \(lstm, float64, T=6 B=3 I=4 H=5\): cudaErrorUnknown"
+    with pytest.raises(RuntimeError, match=words):
+        DEVICE.batch_norm_forward(*args)
+    DEVICE.set(LAUNCHES_LEFT, -1)
+    DEVICE.cuda_set_launch(1)
+    DEVICE.batch_norm_forward(*args)
+    assert DEVICE.launches(0) == 6 and DEVICE.cuda_last_run(6) == 0
+    before = DEVICE.cuda_set_kernel(1)
+    try:
+        with pytest.raises(RuntimeError, match="on-chip engine has no batch normalisation"):
+            DEVICE.batch_norm_forward(*args)
+    finally:
+        DEVICE.cuda_set_kernel(before)
+    assert DEVICE.cuda_last_run(5) == 0
+    DEVICE.set(FLAG, 1)
+    DEVICE.batch_norm_forward(*args)
+    assert DEVICE.cuda_last_run(5) == 0, "float64 has no TF32"
+    DEVICE.batch_norm_forward(*(a.float() if isinstance(a, Tensor) else a for a in args))
+    assert DEVICE.cuda_last_run(5) == 1
+    DEVICE.set(CAPABILITY, 75)
+    with pytest.raises(RuntimeError, match=r"compute capability 8.0 or higher, got 7.5"):
+        DEVICE.batch_norm_forward(*args)
 
 
 # --------------------------------------------------------------------------- whole passes

@@ -55,7 +55,7 @@ assert_type(rnnfast.SRU(10, 20, 2)(x)[1], tuple[Tensor, Tensor])
 normed = rnnfast.BatchNormLSTM(10, 20, bidirectional=True, max_steps=5, momentum=0.2)
 assert_type(normed(packed), tuple[PackedSequence, States])
 assert_type(normed(x, (x, x), lengths=lengths), tuple[Tensor, States])
-assert_type(normed.momentum, float)
+assert_type((normed.momentum, normed.max_steps), tuple[float, int])
 assert_type(rnnfast.MinLSTM(10, 20, 2).step(x[0]), tuple[Tensor, Tensor])
 FourStates = tuple[Tensor, Tensor, Tensor, Tensor]
 slstm = rnnfast.SLSTM(10, 20, num_heads=4, forget="exp", return_last=True)
@@ -116,6 +116,13 @@ assert_type(rnnfast.functional.min_gru(x, None, weights, nonlinearity="g"), tupl
 assert_type(rnnfast.functional.min_lstm(packed, x, weights), tuple[PackedSequence, Tensor])
 assert_type(rnnfast.functional.slstm(x, None, weights, num_heads=2), tuple[Tensor, FourStates])
 assert_type(rnnfast.functional.sru(x, None, weights), tuple[Tensor, States])
+stats = [x, x]
+assert_type(
+    rnnfast.functional.batch_norm_lstm(
+        packed, None, weights, stats, stats, bidirectional=True, training=True, momentum=0.2
+    ),
+    tuple[PackedSequence, States],
+)
 pooled = rnnfast.functional.qrnn(x, (x, x), weights, pooling="fo")
 assert_type(rnnfast.functional.lstm_cell(x, (x, x), x, x), States)
 assert_type(rnnfast.functional.gru_cell(x, x, x, x, x, x), Tensor)

@@ -42,6 +42,7 @@ FILES: tuple[str, ...] = (
     "test_mask",
     "test_return_last",
     "test_zoneout",
+    "test_batch_norm",
     "test_onnx_export",
     "test_load_cell",
 )

@@ -28,4 +28,6 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CUDA, m) {
   m.impl("backward_group", TORCH_BOX(&rnnfast::cuda_backward_group_op));
   m.impl("scan", TORCH_BOX(&rnnfast::cuda_scan_op));
   m.impl("scan_backward", TORCH_BOX(&rnnfast::cuda_scan_backward_op));
+  m.impl("batch_norm_forward", TORCH_BOX(&rnnfast::CudaBatchNormOps::forward));
+  m.impl("batch_norm_backward", TORCH_BOX(&rnnfast::CudaBatchNormOps::backward));
 }

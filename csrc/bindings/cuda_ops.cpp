@@ -1,10 +1,8 @@
 #include "cuda_ops.h"
 
 #include <array>
-#include <atomic>
-#include <chrono>
 
-#include "cuda_context.h"
+#include "cuda_run.h"
 #include "lengths_calls.h"
 
 namespace rnnfast {
@@ -13,78 +11,36 @@ namespace {
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
-std::atomic<int> wished_launch{-1}, wished_kernel{-1};
-
-struct LastCudaRun {
-  int64_t runs = 0, time = 0;
-  CudaChoice choice{};
-  int capability = 0;
-  bool tf32 = false;
-};
-thread_local LastCudaRun last_run;
-
 void refuse_packed(const OptionalTensor& packed) {
   if (packed) fail("packed weights are for the CPU engine, got x on a CUDA device");
 }
 
-Shape shape_of(const CheckedLayer& layer, int64_t cell, size_t itemsize) {
-  Shape shape{id_of_code(cell),  layer.seq_len,     layer.batch, layer.input_size,
-              layer.hidden_size, layer.output_size, layer.rows,  static_cast<int>(itemsize)};
-  shape.drops_h = layer.drops_h;
-  return shape;
-}
-
-// Runs passes of one dtype: the choice, the room, the streams, the engine.
-template <class Args, class Room, class Run>
-void run(const std::vector<Args>& passes, const std::vector<Shape>& shapes,
-         const CheckedLayer& layer, bool chained, bool backward, bool saves, const Room& room_of,
-         const Run& engine) {
-  const Place place = layer.place;
-  const bool tf32 = layer.dtype == ScalarType::Float && ask_torch_for_tf32();
-  CudaContext context(place);
-  const CudaDevice device = context.device();
-  const std::string why = why_not_cuda(device);
-  if (!why.empty()) fail(why);
-  const int count = static_cast<int>(passes.size()), cell = shapes[0].cell;
-  const Group group{shapes.data(), count, chained, backward};
-  const CudaWish wish{wished_launch, wished_kernel, tf32};
-  if (wish.kernel == static_cast<int>(CudaKernel::kOnchip)) {
-    std::string forced = why_not_onchip(group, device, tf32);
-    // What forward keeps is for a backward that must be able to run.
-    if (forced.empty() && saves)
-      forced = why_not_onchip({shapes.data(), count, chained, true}, device, tf32);
-    if (!forced.empty()) fail(forced + " (use_engine forces the on-chip kernel)");
+template <template <class> class Args, class scalar_t, class Call, class Room, class Engine>
+void run(std::vector<Call>& calls, int64_t cell, bool chained, bool backward, bool saves,
+         const Room& room_of, const Engine& engine) {
+  const CheckedLayer& layer = calls[0].layer;
+  CudaPasses passes{{}, layer.dtype, layer.place, chained, backward, saves};
+  std::vector<Args<scalar_t>> args;
+  for (Call& call : calls) {
+    call.layer.space_rows_evenly();
+    args.push_back(call.template args<scalar_t>());
+    passes.shapes.push_back(cuda_shape(call.layer, cell, sizeof(scalar_t)));
   }
-  const CudaChoice choice = choose_cuda(group, device, wish);
-  const Tensor room = empty({room_of(cell, choice, passes.data(), count)}, ScalarType::Byte, place);
-  const CudaStream* streams = context.streams(choice.streams);
-  engine({cell, choice, context.blas(tf32), streams, out<char>(room)}, passes.data(), count,
-         chained);
-  context.finish();
-  const int64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(
-                          std::chrono::steady_clock::now().time_since_epoch())
-                          .count();
-  last_run = {last_run.runs + 1, now, choice, device.capability, tf32};
-}
-
-template <class Call>
-std::vector<Shape> shapes_of(const std::vector<Call>& calls, int64_t cell, size_t itemsize) {
-  std::vector<Shape> shapes;
-  for (const Call& call : calls) shapes.push_back(shape_of(call.layer, cell, itemsize));
-  return shapes;
+  const int count = static_cast<int>(args.size());
+  run_on_cuda(
+      passes,
+      [&](const CudaChoice& choice) {
+        return room_of(id_of_code(cell), choice, args.data(), count);
+      },
+      [&](const CudaCall& call) { engine(call, args.data(), count, chained); });
 }
 
 void run_forward(std::vector<ForwardCall>& calls, int64_t cell, bool chained) {
   if (calls[0].layer.empty()) return;
   with_type(calls[0].layer.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    std::vector<ForwardArgs<scalar_t>> passes;
-    for (ForwardCall& call : calls) {
-      call.layer.space_rows_evenly();
-      passes.push_back(call.args<scalar_t>());
-    }
-    run(passes, shapes_of(calls, cell, sizeof(scalar_t)), calls[0].layer, chained, false,
-        calls[0].save, forward_room<scalar_t>, cuda_forward<scalar_t>);
+    run<ForwardArgs, scalar_t>(calls, cell, chained, false, calls[0].save, forward_room<scalar_t>,
+                               cuda_forward<scalar_t>);
   });
 }
 
@@ -95,13 +51,8 @@ void run_backward(std::vector<BackwardCall>& calls, int64_t cell, bool chained) 
   }
   with_type(calls[0].layer.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    std::vector<BackwardArgs<scalar_t>> passes;
-    for (BackwardCall& call : calls) {
-      call.layer.space_rows_evenly();
-      passes.push_back(call.args<scalar_t>());
-    }
-    run(passes, shapes_of(calls, cell, sizeof(scalar_t)), calls[0].layer, chained, true, false,
-        backward_room<scalar_t>, cuda_backward<scalar_t>);
+    run<BackwardArgs, scalar_t>(calls, cell, chained, true, false, backward_room<scalar_t>,
+                                cuda_backward<scalar_t>);
   });
 }
 
@@ -259,35 +210,6 @@ std::vector<Tensor> cuda_backward_group_op(Tensor x, Tensors passes, OptionalTen
   std::vector<Tensor> results;
   for (int i = 0; i < group.count(); ++i) append(results, calls[group.nth(i)].result);
   return results;
-}
-
-int64_t cuda_set_launch(int64_t launch) {
-  if (launch < -1 || launch > 1)
-    fail("launch must be -1 (automatic), 0 (plain) or 1 (pdl), got " + std::to_string(launch));
-  return wished_launch.exchange(static_cast<int>(launch));
-}
-
-int64_t cuda_set_kernel(int64_t kernel) {
-  if (kernel < -1 || kernel > 1)
-    fail("kernel must be -1 (automatic), 0 (step) or 1 (onchip), got " + std::to_string(kernel));
-  return wished_kernel.exchange(static_cast<int>(kernel));
-}
-
-int64_t cuda_last_run(int64_t field) {
-  switch (field) {
-    case 0: return last_run.runs;
-    case 1: return last_run.time;
-    case 2: return static_cast<int64_t>(last_run.choice.launch);
-    case 3: return last_run.choice.streams;
-    case 4: return last_run.capability;
-    case 5: return last_run.tf32;
-    case 6:
-      return static_cast<int64_t>(last_run.choice.tile ? CudaKernel::kOnchip : CudaKernel::kStep);
-  }
-  fail(
-      "field must be 0 (runs), 1 (time), 2 (launch), 3 (streams), 4 (compute capability), 5 (TF32) "
-      "or 6 (kernel), got " +
-      std::to_string(field));
 }
 
 }  // namespace rnnfast

@@ -1,7 +1,8 @@
 // The operators on CUDA tensors: functions with the schemas of layer_ops.cpp, lengths_ops.cpp,
-// group_ops.cpp, masked_ops.cpp and scan_ops.cpp.
+// group_ops.cpp, masked_ops.cpp, scan_ops.cpp and batch_norm_ops.cpp.
 #pragma once
 
+#include "batch_norm_calls.h"
 #include "group_calls.h"
 
 namespace rnnfast {
@@ -56,6 +57,12 @@ Tensor cuda_scan_op(Tensor a, Tensor b, OptionalTensor h0, bool reverse);
 std::tuple<Tensor, Tensor, Tensor> cuda_scan_backward_op(Tensor dh, Tensor a, Tensor h,
                                                          OptionalTensor h0, bool reverse,
                                                          int64_t needs);
+
+struct OnCuda {
+  template <class Args>
+  static void run(const CheckedLayer& layer, const Args& args);
+};
+using CudaBatchNormOps = BatchNormOps<OnCuda>;
 
 // The wished Launch of the process (-1: the library's choice). Gives the wish before.
 int64_t cuda_set_launch(int64_t launch);

@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "../core/batch_norm_args.h"
+#include "batch_norm_threads.h"
 #include "kernel_of.h"
 #include "processors.h"
 
@@ -29,16 +30,21 @@ struct Work {
 template <class Args>
 void run(const Args& args, int64_t (*bytes)(const Args&, int),
          void (*kernel)(const Args&, char*, const Worker&), const Threads& threads) {
-  const int64_t H = args.hidden_size, operations = 8 * args.batch * H * (args.input_size + H + 64);
-  int count = static_cast<int>(std::max<int64_t>(
-      1, std::min({int64_t{threads.count}, H / kThreadUnits, operations / kThreadOperations})));
-  if (count > 1) count = std::min(count, usable_processors());
+  const int count =
+      batch_norm_threads(args.batch, args.input_size, args.hidden_size, threads.count);
   const auto memory = std::make_unique_for_overwrite<char[]>(bytes(args, count));
   Work<Args> work{args, memory.get(), kernel};
   run_team(count, threads.parallel_for, Work<Args>::run, &work);
 }
 
 }  // namespace
+
+int batch_norm_threads(int64_t batch, int64_t input_size, int64_t hidden_size, int offered) {
+  const int64_t operations = 8 * batch * hidden_size * (input_size + hidden_size + 64);
+  const int count = static_cast<int>(std::max<int64_t>(
+      1, std::min({int64_t{offered}, hidden_size / kThreadUnits, operations / kThreadOperations})));
+  return count > 1 ? std::min(count, usable_processors()) : count;
+}
 
 template <class scalar_t>
 void run_batch_norm(const BatchNormArgs<scalar_t>& args, const Threads& threads) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../core/args.h"
+#include "../core/batch_norm_args.h"
 #include "../core/choose_cuda.h"
 #include "../core/scan_args.h"
 #include "blas.h"
@@ -41,6 +42,17 @@ void cuda_forward(const CudaCall& call, const ForwardArgs<scalar_t>* passes, int
 template <class scalar_t>
 void cuda_backward(const CudaCall& call, const BackwardArgs<scalar_t>* passes, int count,
                    bool chained);
+
+// The LSTM with recurrent batch normalisation, of float and double; x, dy and all states without
+// gaps between rows.
+template <class scalar_t>
+int64_t batch_norm_room(const CudaChoice& choice, const BatchNormArgs<scalar_t>& args);
+template <class scalar_t>
+int64_t batch_norm_room(const CudaChoice& choice, const BatchNormBackwardArgs<scalar_t>& args);
+template <class scalar_t>
+void cuda_batch_norm(const CudaCall& call, const BatchNormArgs<scalar_t>& args);
+template <class scalar_t>
+void cuda_batch_norm(const CudaCall& call, const BatchNormBackwardArgs<scalar_t>& args);
 
 // Scans of at least one step, row and column; room as above.
 template <class scalar_t>

@@ -5,8 +5,7 @@
 #include <math.h>
 
 #include "../cells/stages.h"
-#include "ops/shared.cuh"
-#include "threads.cuh"
+#include "block_sums.cuh"
 
 namespace rnnfast::RNNFAST_TARGET {
 namespace {
@@ -14,26 +13,13 @@ namespace {
 constexpr int kNormThreads = 128;
 
 template <class acc_t>
-constexpr int kNormShared = kNormThreads * static_cast<int>(sizeof(acc_t));
-
-#ifdef __CUDACC__
-#define RNNFAST_DEVICE __device__ __forceinline__  // what a lambda reads stays in registers
-#else
-#define RNNFAST_DEVICE inline
-#endif
+constexpr int kNormShared = kBlockSumsShared<kNormThreads, 1, acc_t>;
 
 template <class acc_t>
 RNNFAST_DEVICE acc_t block_sum(acc_t value) {
-  acc_t* const sums = reinterpret_cast<acc_t*>(shared_memory());
-  sums[threadIdx.x] = value;
-  __syncthreads();
-  for (unsigned half = kNormThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-    __syncthreads();
-  }
-  const acc_t sum = sums[0];
-  __syncthreads();  // before the next one is written
-  return sum;
+  acc_t values[1] = {value};
+  block_sums<kNormThreads, 1>(values);
+  return values[0];
 }
 
 // The columns of a thread.
@@ -146,8 +132,6 @@ __global__ void __launch_bounds__(kNormThreads)
     });
   }
 }
-
-#undef RNNFAST_DEVICE
 
 }  // namespace
 }  // namespace rnnfast::RNNFAST_TARGET

@@ -1,18 +1,14 @@
 // The CUDA engine on the device of loops, without torch and Python, for the sanitizers: a kernel
 // that reads or writes beside a buffer is found here. Results are compared with the CPU engine's.
 #include "../layers.h"
+#include "call.h"
 #include "cpu/dispatch.h"
 #include "cuda/convert.cuh"
-#include "cuda/engine.h"
-#include "device.h"
 
 using namespace rnnfast;
 
 namespace {
 
-constexpr int kMostStreams = 4;
-
-// Runs a call on a device of its own: scratch memory of exactly the size asked for, filled.
 template <class Args, class Room, class Run>
 void on_device(int cell, std::vector<Args>& passes, bool chained, bool backward, unsigned seed,
                const Room& room_of, const Run& run, CudaKernel kernel = CudaKernel::kStep,
@@ -27,22 +23,8 @@ void on_device(int cell, std::vector<Args>& passes, bool chained, bool backward,
                   {90, 132, on_host::settings.shared_bytes}, {-1, static_cast<int>(kernel), true});
   check((choice.tile != nullptr) == (kernel == CudaKernel::kOnchip), "the wished kernel");
   choice.chunk_steps = std::min<int64_t>(choice.chunk_steps, 1 + seed % 5);
-  std::vector<char> room(room_of(cell, choice, passes.data(), count), char(0xfe));
-  CudaStream streams[kMostStreams] = {};
-  std::vector<on_host::Queue*> queues;
-  char workspaces[kMostStreams];
-  on_host::Handle* handle = on_host::new_handle();
-  for (int i = 0; i < choice.streams; ++i) {
-    queues.push_back(on_host::new_queue());
-    streams[i] = {queues[i], choice.streams > 1 ? &workspaces[i] : nullptr, 1};
-  }
-  const Blas blas = on_host::blas_of(handle);
-  blas.set_stream(handle, queues[0]);
-  on_host::begin_call(queues[0]);
-  run({cell, choice, blas, streams, room.data()}, passes.data(), count, chained);
-  on_host::run_all(queues, seed);
-  for (on_host::Queue* queue : queues) on_host::delete_queue(queue);
-  on_host::delete_handle(handle);
+  call_on_device(cell, choice, room_of(cell, choice, passes.data(), count), seed,
+                 [&](const CudaCall& call) { run(call, passes.data(), count, chained); });
 }
 
 void forward_on_device(std::vector<ForwardArgs<double>>& passes, int cell, bool chained,

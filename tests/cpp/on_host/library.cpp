@@ -110,6 +110,19 @@ STABLE_TORCH_LIBRARY(rnnfast_on_host, m) {
   m.def(
       "scan_backward(Tensor dh, Tensor a, Tensor h, Tensor? h0, bool reverse, int needs) -> "
       "(Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_forward(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor "
+      "gain_ih, "
+      "Tensor gain_hh, Tensor? bias, Tensor gain_c, Tensor bias_c, Tensor running_mean, Tensor "
+      "running_var, Tensor? batch_sizes, bool training, float eps, bool save) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, "
+      "Tensor w_ih, Tensor w_hh, Tensor gain_ih, Tensor gain_hh, Tensor? bias, Tensor gain_c, "
+      "Tensor bias_c, "
+      "Tensor? batch_sizes, Tensor y, Tensor mean, Tensor var, Tensor saved, bool training, float "
+      "eps, bool needs_dx) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def("cuda_set_launch(int launch) -> int");
   m.def("cuda_set_kernel(int kernel) -> int");
   m.def("cuda_last_run(int field) -> int");
@@ -137,4 +150,6 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast_on_host, CPU, m) {
   m.impl("backward_group", TORCH_BOX(&rnnfast::cuda_backward_group_op));
   m.impl("scan", TORCH_BOX(&rnnfast::cuda_scan_op));
   m.impl("scan_backward", TORCH_BOX(&rnnfast::cuda_scan_backward_op));
+  m.impl("batch_norm_forward", TORCH_BOX(&rnnfast::CudaBatchNormOps::forward));
+  m.impl("batch_norm_backward", TORCH_BOX(&rnnfast::CudaBatchNormOps::backward));
 }
