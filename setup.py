@@ -50,8 +50,9 @@ def find_tool(name: str) -> str:
 
 def engine_sources() -> list[Path]:
     """What rnnfast.load_cell compiles a user's cell with, in a checkout and in the package."""
-    headers = [*(p for part in ("cells", "core", "cpu") for p in (CSRC / part).glob("*.h"))]
-    return [*headers, CSRC / "cpu" / "own_cell.cpp"]
+    headers = [p for part in ("cells", "core", "cpu", "cuda") for p in (CSRC / part).glob("*.h")]
+    kernels = [*(CSRC / "cuda").rglob("*.cuh")]
+    return [*headers, *kernels, CSRC / "cpu" / "own_cell.cpp", CSRC / "cuda" / "own_cell.cu"]
 
 
 def check_compiler() -> None:

@@ -161,33 +161,27 @@ def _layers(
 
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor]] = []  # statistics that were used
     for layer in range(stack.num_layers):
         if layer > 0 and stack.dropout > 0 and stack.training:
             x = torch.dropout(x, stack.dropout, True)
         outs: list[Tensor] = []
         for reverse in range(1 + stack.bidirectional):
             k = len(h_n)
-            y, h, c = _direction(
-                stack, k, turned(x) if reverse else x, h0[k], c0[k : k + 1], batch_sizes
-            )
+            y, h, c, *statistics = _batch_norm.run(
+                turned(x) if reverse else x, h0[k], c0[k : k + 1], *stack.weights[k],
+                stack.means[k], stack.variances[k], batch_sizes, stack.training, stack.eps,
+            )  # fmt: skip
+            found.append((statistics[0], statistics[1]))
             outs.append(turned(y) if reverse else y)
             h_n.append(h)
             c_n.append(c)
         x = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
+    if stack.training:  # after the last layer: a call that raises has moved none
+        count = x.size(1) if batch_sizes is None else batch_sizes
+        for mean, var, (of_mean, of_var) in zip(stack.means, stack.variances, found, strict=True):
+            _follow(mean, var, of_mean, of_var, count, stack.momentum)
     return x, torch.stack(h_n), torch.cat(c_n)
-
-
-def _direction(
-    stack: Stack, k: int, x: Tensor, h0: Tensor, c0: Tensor, batch_sizes: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    mean, var = stack.means[k], stack.variances[k]
-    y, h_n, c_n, of_mean, of_var = _batch_norm.run(
-        x, h0, c0, *stack.weights[k], mean, var, batch_sizes, stack.training, stack.eps
-    )
-    if stack.training:
-        rows = x.size(1) if batch_sizes is None else batch_sizes
-        _follow(mean, var, of_mean, of_var, rows, stack.momentum)
-    return y, h_n, c_n
 
 
 @torch.no_grad()

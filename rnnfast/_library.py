@@ -15,13 +15,18 @@ def library_path() -> Path:
     return Path(__file__).with_name("_C.so")
 
 
+def cuda_library_path() -> Path:
+    """Where the library of the CUDA engine lies, if there is one."""
+    return Path(__file__).with_name("_C_cuda.so")
+
+
 def cuda_load_error() -> str:
     """Why the CUDA kernels are not loaded, in a few words; empty if they are."""
     return _cuda_error or ""
 
 
 def _load_cuda() -> str:
-    path = Path(__file__).with_name("_C_cuda.so")
+    path = cuda_library_path()
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) has no CUDA"
     if not path.exists():

@@ -43,6 +43,15 @@ FLAGS = (
     *("-fPIC", "-shared", "-fvisibility=hidden", "-fdiagnostics-color=never"),
 )
 _COMPILERS = ("g++", "clang++", "c++")
+#: The name of CUDA where one of an instruction set may stand.
+CUDA = "cuda"
+CUDA_SOURCE = Path("cuda", "own_cell.cu")
+#: Machine code for 8.x and 9.0, and what drivers of later devices compile.
+CUDA_FLAGS = (
+    *("-std=c++20", "-O3", "-DNDEBUG", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+    *("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"),
+    "--threads=2",
+)
 # what a compile may take before a terminal is told of it
 _PATIENCE = 2.0
 _SHOWN_LINES = 24
@@ -58,9 +67,9 @@ def engine_sources() -> Path:
 def engine_stamp() -> str:
     """A hash of the engine's headers, as cmake/engine_stamp.cmake computes it."""
     root = engine_sources()
-    files = [*(f for part in ("cells", "core", "cpu") for f in root.glob(f"{part}/*.h"))]
-    files.append(root / "cpu" / "own_cell.cpp")
-    if not files[-1].is_file():
+    files = [f for part in ("cells", "core", "cpu", "cuda") for f in root.glob(f"{part}/*.h")]
+    files += [*root.glob("cuda/**/*.cuh"), root / "cpu" / "own_cell.cpp", root / CUDA_SOURCE]
+    if not all(file.is_file() for file in files[-2:]):
         raise RuntimeError(
             f"rnnfast: load_cell needs the engine's headers, which are not in {root}; install "
             "rnnfast again"
@@ -97,6 +106,32 @@ def compiler() -> list[str]:
         f"rnnfast: load_cell needs a C++ compiler, and none of {', '.join(_COMPILERS)} is there; "
         "install g++ 11 or clang 14, or newer ones (apt install g++, dnf install gcc-c++, "
         "xcode-select --install), or set CXX"
+    )
+
+
+def _nvcc() -> str | None:
+    """Of $CUDA_HOME, of PATH, or where CUDA installs it."""
+    home = os.environ.get("CUDA_HOME")
+    places = [os.path.join(home, "bin", "nvcc")] if home else []
+    return next(
+        filter(None, map(shutil.which, (*places, "nvcc", "/usr/local/cuda/bin/nvcc"))), None
+    )
+
+
+def has_nvcc() -> bool:
+    """Whether cells can be compiled for CUDA."""
+    return _nvcc() is not None
+
+
+def cuda_compiler() -> list[str]:
+    """nvcc as the first word of a command."""
+    found = _nvcc()
+    if found:
+        return [found]
+    raise RuntimeError(
+        "rnnfast: load_cell needs nvcc for a cell's CUDA kernels, and it is neither in "
+        "$CUDA_HOME/bin nor on PATH nor in /usr/local/cuda/bin; install the CUDA toolkit, or give "
+        "cuda=False"
     )
 
 
@@ -189,25 +224,36 @@ def source_of(path: str | os.PathLike[str], struct: str | None) -> Source:
     return Source(header, struct, content.digest())
 
 
-def _command(source: Source, isa: str, out: Path) -> list[str]:
+def _compiler_for(isa: str) -> list[str]:
+    """With its flags."""
+    if isa == CUDA:
+        return [*cuda_compiler(), *CUDA_FLAGS]
     number, vector_bytes, flags = ISAS[isa]
-    root = engine_sources()
     return [
-        *compiler(), *FLAGS, *flags,
-        f"-DRNNFAST_TARGET={isa}", f"-DRNNFAST_VECTOR_BYTES={vector_bytes}",
-        f"-DRNNFAST_OWN_CELL={source.struct}", f'-DRNNFAST_OWN_NAME="{source.name}"',
-        f"-DRNNFAST_OWN_ISA={number}", f'-DRNNFAST_ENGINE_STAMP="{engine_stamp()}"',
+        *compiler(), *FLAGS, *flags, f"-DRNNFAST_VECTOR_BYTES={vector_bytes}",
+        f"-DRNNFAST_OWN_ISA={number}",
+    ]  # fmt: skip
+
+
+def command(source: Source, isa: str, out: Path) -> list[str]:
+    """What compiles a cell."""
+    root = engine_sources()
+    made_of = CUDA_SOURCE if isa == CUDA else Path("cpu", "own_cell.cpp")
+    return [
+        *_compiler_for(isa), f"-DRNNFAST_TARGET={isa}", f"-DRNNFAST_OWN_CELL={source.struct}",
+        f'-DRNNFAST_OWN_NAME="{source.name}"', f'-DRNNFAST_ENGINE_STAMP="{engine_stamp()}"',
         "-I", str(root / "cells"), "-include", str(source.header),
-        str(root / "cpu" / "own_cell.cpp"), "-o", str(out),
+        str(root / made_of), "-o", str(out),
     ]  # fmt: skip
 
 
 def _place(source: Source, isa: str) -> Path:
     """Where the library of a cell belongs: all that it is made from is in its name."""
-    command = compiler()
+    words = _compiler_for(isa)
+    name = cuda_compiler() if isa == CUDA else compiler()
     parts = (
         source.digest.hex(), isa, engine_stamp(), platform.machine(), sys.platform,
-        shlex.join(command), _version(tuple(command)), *FLAGS,
+        shlex.join(words), _version(tuple(name)),
     )  # fmt: skip
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return cache_folder() / f"{source.name}-{isa}-{key}.so"
@@ -313,11 +359,11 @@ def library(source: Source, isa: str, anew: bool = False) -> Path:
     os.close(handle)
     made = Path(name)
     try:
-        command = _command(source, isa, made)
-        status, output = _run(command, f"compiling {source.header.name} for {isa}")
+        words = command(source, isa, made)
+        status, output = _run(words, f"compiling {source.header.name} for {isa}")
         if status:
             log = place.with_suffix(".log")
-            log.write_text(f"{shlex.join(command)}\n\n{output}", encoding="utf-8")
+            log.write_text(f"{shlex.join(words)}\n\n{output}", encoding="utf-8")
             raise RuntimeError(f"rnnfast: {_failure(source, isa, output, log)}")
         made.replace(place)
     finally:

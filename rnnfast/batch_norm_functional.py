@@ -47,7 +47,7 @@ def batch_norm_lstm(
         weights: flat list, for each layer and direction
             ``w_ih, w_hh, gain_ih, gain_hh, bias, gain_c, bias_c``
         running_mean, running_var: of each layer and direction those of the first :math:`S` steps,
-            moved in place in training
+            moved in place in training; float32 ones serve weights of 16 bits, too
         num_layers: number of layers :math:`L`
         bias: whether ``weights`` has ``bias``; ``bias_c`` is always there
         batch_first: input and output are :math:`(B, T, *)`

@@ -164,6 +164,8 @@ CELLS: tuple[CellSpec, ...] = (
 _BY_NAME = {spec.name: spec for spec in CELLS}
 #: Those that load_cell added to this process, by their codes.
 own_cells: dict[int, CellSpec] = {}
+#: The codes of those that it compiled for CUDA, too.
+own_on_cuda: set[int] = set()
 
 
 def cell_spec(cell: str | int | CellSpec) -> CellSpec:

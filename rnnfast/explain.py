@@ -15,7 +15,7 @@ from ._checks import DTYPES, check_dense
 from ._layer import Layer, spec_of
 from .batch_norm import BatchNormLSTM
 from .cell_modules import GRUCell, LSTMCell, RNNCell
-from .cells import CellSpec, cell_spec
+from .cells import CellSpec, cell_spec, own_on_cuda
 from .quantize import Quantized
 
 __all__ = ["Explanation", "Row", "explain"]
@@ -148,8 +148,8 @@ def _cuda_row(
 ) -> Row:
     """The row of a layer on a CUDA device."""
     why = _cuda.why_not_on(device)
-    if spec.is_own:
-        why = "a cell of load_cell has kernels in the CPU engine only"
+    if not why and spec.is_own and spec.id not in own_on_cuda:
+        why = f"{spec.name} was not compiled for CUDA; load_cell(..., cuda=True) does it"
     if kept:
         why = f"{kept} is for the CPU engine"
     if why:

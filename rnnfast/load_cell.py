@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _own_library, engine
-from ._library import library_path
+from . import _cuda, _own_library, engine
+from ._library import cuda_library_path, cuda_load_error, library_path
 from ._parameters import merge
 from ._signatures import AnyStateCalls, Device
 from ._signatures import Input as Form
-from .cells import OWN_CELL, CellSpec, own_cells
+from .cells import OWN_CELL, CellSpec, own_cells, own_on_cuda
 from .functional import _layer as _call
 from .reference import own_steps
 from .scan_functional import _layer as _call_without_hidden_side
@@ -46,9 +46,10 @@ class LoadedLayer(AnyStateCalls):
     r"""A layer of a cell that :func:`rnnfast.load_cell` compiled; it returns subclasses of this.
 
     It is called as :class:`rnnfast.GRU` (:class:`rnnfast.LSTM` for a cell of two states), on the
-    CPU, and has the arguments below. ``proj_size``, ``num_heads``, ``activation``,
-    ``gate_activation``, ``layer_norm``, ``reset_after``, ``recurrent_dropout`` and ``zoneout`` are
-    none of them, and ``zoneout`` as an attribute raises. What is computed is in the header.
+    CPU, and on CUDA if it was compiled for it, and has the arguments below. ``proj_size``,
+    ``num_heads``, ``activation``, ``gate_activation``, ``layer_norm``, ``reset_after``,
+    ``recurrent_dropout`` and ``zoneout`` are none of them, and ``zoneout`` as an attribute raises.
+    What is computed is in the header.
 
     Args:
         input_size: number of features of the input :math:`I`
@@ -217,8 +218,8 @@ class LoadedLayer(AnyStateCalls):
         )  # fmt: skip
 
 
-def _register_library(source: _own_library.Source, isa: str, code: int) -> list[int]:
-    """The cell's numbers, once the core knows it."""
+def _open(source: _own_library.Source, isa: str) -> ctypes.CDLL:
+    """The library of a cell, compiled where it has to be."""
     built = _core.rnnfast_engine_stamp().decode()
     if built != _own_library.engine_stamp():
         raise RuntimeError(
@@ -228,21 +229,54 @@ def _register_library(source: _own_library.Source, isa: str, code: int) -> list[
         )
     path = _own_library.library(source, isa)
     try:
-        library = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
     except OSError:  # of another system, or cut off: made anew
         path = _own_library.library(source, isa, anew=True)
         try:
-            library = ctypes.CDLL(str(path))
+            return ctypes.CDLL(str(path))
         except OSError as error:
             raise RuntimeError(f"rnnfast: load_cell can't load what it compiled: {error}") from None
+
+
+def _refuse(source: _own_library.Source, wrong: bytes) -> None:
+    raise RuntimeError(
+        f"rnnfast: {source.name} of {source.header} can't be loaded: {wrong.decode()}"
+    )
+
+
+def _register_library(source: _own_library.Source, isa: str, code: int) -> list[int]:
+    """The cell's numbers, once the core knows it."""
+    library = _open(source, isa)
     library.rnnfast_own_cell.restype = ctypes.c_void_p
     numbers = (ctypes.c_int64 * 7)()
     wrong = _register(library.rnnfast_own_cell(), code, numbers)
     if wrong:
-        raise RuntimeError(
-            f"rnnfast: {source.name} of {source.header} can't be loaded: {wrong.decode()}"
-        )
+        _refuse(source, wrong)
     return list(numbers)
+
+
+def _register_for_cuda(source: _own_library.Source, code: int, engine: ctypes.CDLL) -> None:
+    """Makes the cell known to the CUDA engine, a library."""
+    library = _open(source, _own_library.CUDA)
+    library.rnnfast_own_cuda_cell.restype = ctypes.c_void_p
+    register = engine.rnnfast_register_cuda_cell
+    register.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+    register.restype = ctypes.c_char_p
+    wrong = register(library.rnnfast_own_cuda_cell(), code)
+    if wrong:
+        _refuse(source, wrong)
+    own_on_cuda.add(code)
+
+
+def _for_cuda(wish: bool | None) -> bool:
+    """Whether kernels for CUDA are compiled."""
+    if wish is None:  # counted without starting CUDA, which a process that forks must not
+        return _cuda.loaded() and torch.cuda.device_count() > 0 and _own_library.has_nvcc()
+    if wish and not _cuda.loaded():
+        raise RuntimeError(
+            f"rnnfast: load_cell(cuda=True) needs the CUDA engine, but {cuda_load_error()}"
+        )
+    return wish
 
 
 def load_cell(
@@ -250,6 +284,7 @@ def load_cell(
     *,
     struct: str | None = None,
     reference: Step | None = None,
+    cuda: bool | None = None,
 ) -> type[LoadedLayer]:
     """Compile a header with a cell of your own, and return the class of its layers.
 
@@ -272,14 +307,17 @@ def load_cell(
             (and takes ``p``, the parameters :math:`(H)`, behind them if the cell has some). Higher
             derivatives, forward mode and the reference engine run through it, and
             :func:`rnnfast.check_cell` compares with it. That of the last call holds
+        cuda: whether the cell is compiled for CUDA, too, which takes nvcc and about a minute once;
+            ``None``: where rnnfast has its CUDA engine, and the machine a device and nvcc
 
     Returns:
         a subclass of :class:`rnnfast.LoadedLayer`, the same one for the same header
 
     Raises:
         RuntimeError: no file, no compiler, a struct that is not there, is no cell or does not
-            compile (with the compiler's message), a cache that can't be written
-        TypeError: a reference that can't be called
+            compile (with the compiler's message), a cache that can't be written; ``cuda=True``
+            without nvcc or the CUDA engine
+        TypeError: a reference that can't be called, a ``cuda`` that is no bool
 
     Example::
 
@@ -292,6 +330,11 @@ def load_cell(
             "rnnfast: reference of load_cell must be a function of gx, gh and state, got "
             f"{type(reference).__name__}"
         )
+    if cuda is not None and not isinstance(cuda, bool):
+        raise TypeError(
+            f"rnnfast: cuda of load_cell must be a bool or None, got {type(cuda).__name__}"
+        )
+    for_cuda = _for_cuda(cuda)
     module = sys._getframe(1).f_globals.get("__name__", "__main__")
     source = _own_library.source_of(path, struct)
     code = int.from_bytes(source.digest[:6], "little") << 8 | OWN_CELL
@@ -307,6 +350,8 @@ def load_cell(
                 parameters,
             )  # fmt: skip
         spec = own_cells[code]
+        if for_cuda and code not in own_on_cuda:
+            _register_for_cuda(source, code, ctypes.CDLL(str(cuda_library_path())))
         if reference is not None:
             own_steps[code] = reference
         found = _classes.get((code, module))

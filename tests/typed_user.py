@@ -82,7 +82,9 @@ recurrent = rnnfast.Recurrent(nn.GRUCell(10, 20), batch_first=True)
 assert_type(recurrent(x, lengths=lengths), tuple[Any, Any])
 assert_type(recurrent.step(x[0]), tuple[Any, Any])
 made = rnnfast.Recurrent(lambda layer, direction: nn.GRUCell(10 if layer == 0 else 20, 20), 2)
-loaded: type[rnnfast.LoadedLayer] = rnnfast.load_cell("mgu.h", struct="Mgu", reference=max)
+loaded: type[rnnfast.LoadedLayer] = rnnfast.load_cell(
+    "mgu.h", struct="Mgu", reference=max, cuda=False
+)
 assert_type(rnnfast.check_cell(loaded), dict[str, float])
 of_header = loaded(10, 20, num_layers=2, bidirectional=True, residual=True)
 assert_type(of_header(x, lengths=lengths), tuple[Tensor, Any])

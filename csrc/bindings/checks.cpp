@@ -88,8 +88,8 @@ const CellInfo& checked_cell(int64_t cell) {
   if (cell >= 0 && is_own_cell(cell)) {
     if (id < 0)
       fail("cell " + std::to_string(cell) +
-           " is one of rnnfast.load_cell that is not loaded here: it runs in the CPU engine, of "
-           "processes that have loaded it");
+           " is one of rnnfast.load_cell that this engine does not have: call load_cell with its "
+           "header in this process, for a CUDA device with cuda=True");
     return cell_info(id);
   }
   if (id >= kNumCells || (cell & kUnusedBits))

@@ -116,6 +116,8 @@ std::string place(const OnchipTile& tile) {
 std::string why_not_cell(const Shape& shape, Operand operand) {
   if (shape.drops_h) return "the on-chip engine has no dropout of h";
   const CellInfo& cell = cell_info(shape.cell);
+  if (shape.cell >= kFirstOwnCell)
+    return std::string("the on-chip engine has no cells of load_cell, got ") + cell.name;
   if (!cell.dense)
     return std::string("the on-chip engine needs a dense recurrence, got ") + cell.name +
            ", whose steps have no product";

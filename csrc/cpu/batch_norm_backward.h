@@ -2,7 +2,7 @@
 // normalised column's gradient needs two sums over the rows first,
 //   dv = gain / sqrt(var + eps) * (d - mean(d) - v' * mean(d * v'))    v' = (v - mean) / sqrt(...)
 // of which sum(d) and sum(d * v') are also the gradients of bias and gain. Everything around it is
-// that of every cell (backward.h, gradients.h).
+// that of every cell (backward_base.h, gradients.h).
 #pragma once
 
 #include "batch_norm.h"

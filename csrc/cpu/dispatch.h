@@ -146,6 +146,8 @@ struct LastRun {
   int64_t time;  // nanoseconds of the steady clock
 };
 const LastRun& last_run();
+// Of what has no choice of its own; in full width.
+void note_plain_run(int threads, const Choice& choice);
 
 Machine machine_with(int threads);
 Choice choose_for(const Shape& shape, int threads);

@@ -11,7 +11,7 @@ namespace {
 // The gates of a unit side by side; of a cell with stages, which needs whole rows of them, gate by
 // gate as PyTorch has them.
 template <class acc_t>
-RNNFAST_HD Panels<acc_t> gate_panels(const CellShape& cell, int64_t hidden_size, int gates) {
+Panels<acc_t> gate_panels(const CellShape& cell, int64_t hidden_size, int gates) {
   if (cell.stages) return {gates * hidden_size, 1};
   return {hidden_size, gates};
 }

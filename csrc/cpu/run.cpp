@@ -190,6 +190,9 @@ GroupChoice choose_for_all(int cell, const Args* args, int count, bool chained, 
 }  // namespace
 
 const LastRun& last_run() { return last_run_value; }
+void note_plain_run(int threads, const Choice& choice) {
+  note_run(ran_on(active_isa(), WeightFormat::kPlain), threads, choice);
+}
 
 template <class scalar_t>
 void run_forward(Isa isa, int cell, ForwardArgs<scalar_t>& args, WeightFormat format,

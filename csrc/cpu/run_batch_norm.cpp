@@ -34,7 +34,9 @@ void run(const Args& args, int64_t (*bytes)(const Args&, int),
       batch_norm_threads(args.batch, args.input_size, args.hidden_size, threads.count);
   const auto memory = std::make_unique_for_overwrite<char[]>(bytes(args, count));
   Work<Args> work{args, memory.get(), kernel};
-  run_team(count, threads.parallel_for, Work<Args>::run, &work);
+  const int ran = run_team(count, threads.parallel_for, Work<Args>::run, &work);
+  note_plain_run(
+      ran, {count, ran > 1 ? Split::kUnits : Split::kSerial, Kernel::kPacked, Kernel::kPacked});
 }
 
 }  // namespace

@@ -43,6 +43,15 @@ template <class scalar_t>
 void cuda_backward(const CudaCall& call, const BackwardArgs<scalar_t>* passes, int count,
                    bool chained);
 
+// The same four of one cell: what a table of cells holds.
+template <class scalar_t>
+struct CellCalls {
+  int64_t (*forward_room)(const CudaChoice&, const ForwardArgs<scalar_t>*, int count);
+  int64_t (*backward_room)(const CudaChoice&, const BackwardArgs<scalar_t>*, int count);
+  void (*forward)(const CudaCall&, const ForwardArgs<scalar_t>*, int count, bool chained);
+  void (*backward)(const CudaCall&, const BackwardArgs<scalar_t>*, int count, bool chained);
+};
+
 // The LSTM with recurrent batch normalisation, of float and double; x, dy and all states without
 // gaps between rows.
 template <class scalar_t>
