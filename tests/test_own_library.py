@@ -238,7 +238,7 @@ def test_an_unknown_code() -> None:
     with pytest.raises(RuntimeError, match="is one of rnnfast.load_cell that this process has not"):
         cells.cell_spec(0x12FF)
     x, w = torch.randn(1, 1, 1), torch.randn(1, 1)
-    with pytest.raises(RuntimeError, match="cell 4863 is one of rnnfast.load_cell that is not"):
+    with pytest.raises(RuntimeError, match="cell 4863 is one of rnnfast.load_cell that this"):
         torch.ops.rnnfast.forward(
             x, None, None, w, w, None, None, None, None, None, None, 0x12FF, False, False
         )
