@@ -137,6 +137,8 @@ class SLSTM(SLSTMCalls):
         return_last: bool = False,
         **kwargs: Any,
     ) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("rnnfast: SLSTM has no projection: proj_size is an argument of LSTM")
         no_proj_size(kwargs, "SLSTM")
         mode = mode_of("SLSTM", forget)
         _heads.check("SLSTM", num_heads, hidden_size)

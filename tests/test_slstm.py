@@ -362,7 +362,7 @@ def four(*shapes: tuple[int, ...]) -> Any:
          "num_heads of SLSTM must be at least 1 and divide hidden_size = 6, got 4"),
         (lambda m, x: rnnfast.SLSTM(2, 6, forget="relu"), ValueError,
          "forget of SLSTM must be 'sigmoid' or 'exp', got 'relu'"),
-        (lambda m, x: rnnfast.SLSTM(2, 6, proj_size=3), ValueError, "proj_size argument is only"),
+        (lambda m, x: rnnfast.SLSTM(2, 6, proj_size=3), ValueError, "SLSTM has no projection"),
         (lambda m, x: rnnfast.SLSTM(2, 6, nonlinearity="relu"), TypeError, "nonlinearity"),
         (lambda m, x: rnnfast.SLSTM(2, 0), ValueError, "hidden_size must be greater than zero"),
         (lambda m, x: m(x, x), TypeError,
