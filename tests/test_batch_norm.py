@@ -441,7 +441,7 @@ def test_explain(threads: int) -> None:
     assert rnnfast.explain(one.to(torch.float8_e5m2), X).rows[0].engine == "none"
 
 
-def test_last_run() -> None:
+def test_what_ran_is_told() -> None:
     one = layer()
     with rnnfast.use_engine("reference"):
         one(X)
