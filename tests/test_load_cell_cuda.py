@@ -162,7 +162,6 @@ def test_a_library_of_other_headers_is_refused(
     monkeypatch.setattr(_own_library, "cuda_compiler", _own_library.compiler)
     monkeypatch.setattr(_own_library, "CUDA_FLAGS", DEVICE_FLAGS)
     given, engine = source(folder, "Mgu"), Engine()
-    Engine.rnnfast_register_cuda_cell.argtypes = ()  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match=r"Mgu of .* can't be loaded: it was compiled with"):
         load_cell._register_for_cuda(given, 1, engine)
     assert 1 not in cells.own_on_cuda
