@@ -2,9 +2,10 @@
 
 Environment: RNNFAST_CUDA=auto|0|1 (auto: where nvcc 12 or later is found), RNNFAST_CUDA_ARCHS
 (release: 8.0, 9.0a, 10.0 and PTX; or a list like 80,90a,100+PTX; default release, for development
-90a), RNNFAST_DEV=1 (also what only the tests load), RNNFAST_ISAS (default all; a list like avx512
-builds those and portable only: a quick loop for development), RNNFAST_BUILD_DIR (default
-build/<kind>, kept, so that a rebuild is incremental).
+90a), RNNFAST_CUDA_STRICT=1 (nvcc's warnings are errors, and ptxas reports on every kernel),
+RNNFAST_DEV=1 (also what only the tests load), RNNFAST_ISAS (default all; a list like avx512 builds
+those and portable only: a quick loop for development), RNNFAST_BUILD_DIR (default build/<kind>,
+kept, so that a rebuild is incremental).
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class CMakeBuild(build_ext):
             f"-DRNNFAST_ISAS={os.environ.get('RNNFAST_ISAS') or 'all'}",
             f"-DRNNFAST_CUDA={cuda}",
             f"-DRNNFAST_CUDA_ARCHS={archs}",
+            f"-DRNNFAST_CUDA_STRICT={os.environ.get('RNNFAST_CUDA_STRICT') or '0'}",
             f"-DRNNFAST_DEV={'ON' if dev else 'OFF'}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]

@@ -19,8 +19,12 @@ def reorder(weight: np.ndarray, cell: str) -> np.ndarray:
 
 
 def bytes_of(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 numbers (D, K, rows) of weights (D, rows, K), and the scale of each row (D, rows)."""
-    scale = np.abs(stack).max(2) / 127
+    """int8 numbers (D, K, rows) of weights (D, rows, K), and the scale of each row (D, rows).
+
+    Of 7 bits (ONNX Runtime's ``reduce_range``): without VNNI its sums of two products of 8 bits
+    saturate at 16, and the time does not depend on the numbers.
+    """
+    scale = np.abs(stack).max(2) / 64
     numbers = np.rint(stack / scale[..., None]).astype(np.int8)
     return numbers.transpose(0, 2, 1), scale.astype(np.float32)
 

@@ -44,7 +44,10 @@ def _number(option: str, value: Any) -> float:
         raise TypeError(
             f"rnnfast: {option} of BatchNormLSTM must be a number, got {type(value).__name__}"
         )
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf if value > 0 else -math.inf
 
 
 def numbers(eps: Any, momentum: Any) -> tuple[float, float]:

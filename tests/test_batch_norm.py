@@ -292,12 +292,11 @@ def test_forced_reference_and_unbatched() -> None:
     "`BatchNormLSTM`, recurrent batch normalisation, in `torch.compile(fullgraph=True)`, training",
     torch_nn="no such layer",
     error="has no attribute 'BatchNormLSTM'",
-    cuda=False,
 )
 def test_compiled(library: Any, device: torch.device) -> None:
     assert library.BatchNormLSTM is rnnfast.BatchNormLSTM
-    layer = make(4, 6, 2, bidirectional=True, dtype=torch.float32)
-    other, x = copy.deepcopy(layer), torch.randn(5, 3, 4)
+    layer = make(4, 6, 2, bidirectional=True, dtype=torch.float32).to(device)
+    other, x = copy.deepcopy(layer), torch.randn(5, 3, 4, device=device)
     torch._dynamo.reset()  # each kind of layer is one more version of the same code
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for _ in range(2):
@@ -343,6 +342,7 @@ def layer(**options: Any) -> Any:
         (lambda: layer(max_steps=0), ValueError, "max_steps of BatchNormLSTM must be at least 1"),
         (lambda: layer(max_steps=2.0), TypeError, "max_steps .* must be an int, got float"),
         (lambda: layer(momentum=1.5), ValueError, r"momentum .* must be in \[0, 1\], got 1.5"),
+        (lambda: layer(momentum=10**400), ValueError, r"must be in \[0, 1\], got 10000"),
         (lambda: layer(momentum=float("nan")), ValueError, r"must be in \[0, 1\], got nan"),
         (lambda: layer(momentum=None), TypeError, "momentum .* must be a number, got NoneType"),
         (lambda: layer(bidirectional="a"), TypeError, "bidirectional .* must be a bool, got str"),
