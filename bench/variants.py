@@ -4,6 +4,8 @@ time around one compiled step (Dynamo would unroll the loop). ``python -m bench.
 
 The step is rnnfast/reference.py's, which is the equations in torch operators; the products are
 torch's, that of the input over all steps at once. Each figure is the median of interleaved rounds.
+"At most" is what a program would gain that took no time but for the products, at the peak of the
+machine (bench/limits.py).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from rnnfast.reference import cell_step
 
 from . import stages
 from .extras import median_ms, sizes
+from .limits import Limits
 from .table import render
 
 
@@ -159,6 +162,11 @@ def inference(run: Callable[[Tensor], Any], layer: Any, x: Tensor) -> Any:
         return run(x)
 
 
+def products(layer: Any, rows: int) -> float:
+    """Operations of the products of a call: each entry of a matrix is met once a row."""
+    return 2.0 * rows * sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.variants", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds (default: 7)")
@@ -169,6 +177,7 @@ def main() -> None:
     names = [name for name in VARIANTS if options.only in name]
     if not names:
         parser.error(f"--only must be part of one of {', '.join(VARIANTS)}")
+    peak = Limits(options.threads).peak / 1e3  # operations a millisecond
     rows = []
     for name, (T, B, H) in tqdm([(name, shape) for name in names for shape in SHAPES]):
         make, make_usual = VARIANTS[name]
@@ -185,11 +194,15 @@ def main() -> None:
                 "usual": partial(mode, usual, usual, x),
             }
             ms = median_ms(calls, options.rounds)
-            found += [f"{ms['theirs'] / ms['ours']:.1f}x", f"{ms['ours'] / ms['usual']:.2f}"]
+            least = products(layer, T * B) * (3 if mode is training else 1) / peak
+            gained, most = (ms["theirs"] / each for each in (ms["ours"], least))
+            found += [f"{gained:.1f}x", f"{most:.1f}x", f"{ms['ours'] / ms['usual']:.2f}"]
         rows.append([name, sizes(T, B, H), *found])
-    heads = ["variant", "shape", "inference", "of the usual", "training", "of the usual"]
+    each = ["at most", "of the usual"]
+    heads = ["variant", "shape", "inference", *each, "training", *each]
     print(
-        f"torch {torch.__version__}, {options.threads} threads, medians of {options.rounds} rounds"
+        f"torch {torch.__version__}, {options.threads} threads, medians of {options.rounds} "
+        f"rounds, peak {peak / 1e6:.0f} GFLOP/s"
     )
     print(render(heads, rows, markdown=False, text_columns=2))
 

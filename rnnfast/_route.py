@@ -80,7 +80,10 @@ def _check_engine(x: Tensor) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
 def is_exporting() -> bool:
     """torch.compiler.is_exporting, which up to torch 2.10 is true in all that Dynamo traces."""
     return torch.compiler.is_exporting()
+
+
+# torch.compiler.assume_constant_result, without its import of all of torch._dynamo
+is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]

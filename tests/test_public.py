@@ -17,7 +17,7 @@ from test_modules import leaves_of
 from torch import nn
 
 import rnnfast
-from rnnfast import functional
+from rnnfast import _route, functional
 
 
 def test_public_names() -> None:
@@ -29,6 +29,34 @@ def test_public_names() -> None:
         assert hasattr(rnnfast, name), name
         assert name in rnnfast.__all__
     assert isinstance(rnnfast.__version__, str)
+
+
+LIGHT = """
+import sys, torch
+before = set(sys.modules)
+import rnnfast
+layer = rnnfast.LSTM(4, 8, 2, dropout=0.5)
+layer(torch.randn(5, 3, 4), lengths=torch.tensor([2, 5, 1]))[0].sum().backward()
+layer.step(torch.randn(3, 4))
+heavy = {"torch._dynamo", "torch._inductor", "torch.onnx", "sympy", "numpy"} - before
+print(sorted(heavy & set(sys.modules)))
+"""
+
+
+def test_importing_and_training_load_no_compiler() -> None:
+    """torch._dynamo takes as long to import as torch."""
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_what_is_constant_to_the_compiler() -> None:
+    """_route.py marks it as torch.compiler.assume_constant_result does."""
+
+    def marked() -> bool:
+        return True
+
+    torch.compiler.assume_constant_result(marked)
+    assert marked.__dict__ == vars(_route.is_exporting) and marked.__dict__
 
 
 def test_engines_and_last_run() -> None:
