@@ -14,7 +14,11 @@ from ._checks import check_dense
 
 _strided = torch.strided
 _Size = tuple[int, int, int]
-NAMES = ("h", "c", "n", "m")
+
+
+def names(states: int) -> list[str]:
+    """What errors call the states of a cell: sLSTM's names, and numbers behind them."""
+    return [*"hcnm"[:states], *(f"s{k}" for k in range(4, states))]
 
 
 def _refuse(found: Any, states: int, error: type[Exception]) -> NoReturn:
@@ -22,9 +26,9 @@ def _refuse(found: Any, states: int, error: type[Exception]) -> NoReturn:
     kind = type(found).__name__
     if states > 1 and isinstance(found, (tuple, list)):
         kind = f"({', '.join(type(one).__name__ for one in found)})"
-    names = ", ".join(f"{name}_0" for name in NAMES[:states])
-    number = {2: "two", 3: "three", 4: "four"}.get(states)
-    wanted = f"a tuple ({names}) of {number} tensors" if states > 1 else "a tensor"
+    each = ", ".join(f"{name}_0" for name in names(states))
+    number = {2: "two", 3: "three", 4: "four"}.get(states, states)
+    wanted = f"a tuple ({each}) of {number} tensors" if states > 1 else "a tensor"
     raise error(f"rnnfast: hx must be {wanted}, got {kind}")
 
 

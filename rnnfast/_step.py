@@ -127,7 +127,7 @@ def _checked_states(
     widths = [("P" if layer.proj_size else "H", layer.proj_size or layer.hidden_size)]
     if spec.states > 1:
         if not isinstance(state, (tuple, list)) or len(state) != spec.states:
-            wanted = ", ".join(_hx.NAMES[: spec.states])
+            wanted = ", ".join(_hx.names(spec.states))
             raise RuntimeError(f"rnnfast: state must be a tuple ({wanted}), got {_text(state)}")
         names, states = [f"state[{k}]" for k in range(spec.states)], list(state)
         widths += [("H", layer.hidden_size)] * (spec.states - 1)

@@ -45,11 +45,12 @@ _classes: dict[tuple[int, str], type[LoadedLayer]] = {}
 class LoadedLayer(AnyStateCalls):
     r"""A layer of a cell that :func:`rnnfast.load_cell` compiled; it returns subclasses of this.
 
-    It is called as :class:`rnnfast.GRU` (:class:`rnnfast.LSTM` for a cell of two states), on the
-    CPU, and on CUDA if it was compiled for it, and has the arguments below. ``proj_size``,
-    ``num_heads``, ``activation``, ``gate_activation``, ``layer_norm``, ``reset_after``,
-    ``recurrent_dropout`` and ``zoneout`` are none of them, and ``zoneout`` as an attribute raises.
-    What is computed is in the header.
+    It is called as :class:`rnnfast.GRU` (:class:`rnnfast.LSTM` for a cell of two states, and for
+    one of more as :class:`rnnfast.SLSTM`, with a tensor for each state), on the CPU, and on CUDA
+    if it was compiled for it, and has the arguments below. ``proj_size``, ``num_heads``,
+    ``activation``, ``gate_activation``, ``layer_norm``, ``reset_after``, ``recurrent_dropout`` and
+    ``zoneout`` are none of them, and ``zoneout`` as an attribute raises. What is computed is in
+    the header.
 
     Args:
         input_size: number of features of the input :math:`I`
@@ -68,7 +69,8 @@ class LoadedLayer(AnyStateCalls):
         residual: each layer adds its input to its output where they have one size
 
     Shape:
-        As :class:`rnnfast.GRU`, and for two states as :class:`rnnfast.LSTM`.
+        As :class:`rnnfast.GRU`; for two states as :class:`rnnfast.LSTM`, and for more each of them
+        as :math:`c_n`.
 
     Attributes:
         spec: the numbers of the cell; a class has it, too
@@ -191,7 +193,7 @@ class LoadedLayer(AnyStateCalls):
 
         Args:
             input: the sequence, a tensor or a :class:`torch.nn.utils.rnn.PackedSequence`
-            hx: initial state, a pair for a cell of two states; ``None`` means zeros
+            hx: initial state, a tuple for a cell of two states or more; ``None`` means zeros
             weights: flat list, for each layer and direction those that a layer has, in its order
             num_layers: number of layers :math:`L`
             bias: whether ``weights`` has biases

@@ -80,6 +80,50 @@ struct Leaky {
 )
 DECAY = HEAD + "template <class V>\nRNNFAST_HD V decay(V x) { return sigmoid(x); }\n" + TAIL
 
+# More states than any of the library's cells: traces that forget at four rates.
+TRACES = (
+    HEAD
+    + """
+struct Traces {
+  static constexpr int kGates = 2;   // u o
+  static constexpr int kStates = 5;  // h, and the traces
+  static constexpr int kSaved = 2;
+  static constexpr Recurrence kRecurrence = Recurrence::kDense;
+  static constexpr bool kSplitGates = false;
+  static constexpr bool kReadsH = false;
+  static constexpr double kKept[4] = {0.5, 0.75, 0.875, 0.9375};
+
+  template <class V>
+  RNNFAST_HD static void forward(const V (&gx)[2], const V (&gh)[2], V (&state)[5], V (&saved)[2]) {
+    saved[0] = tanh(gx[0] + gh[0]);
+    saved[1] = sigmoid(gx[1] + gh[1]);
+    V sum{};
+    for (int k = 0; k < 4; ++k) {
+      state[k + 1] = splat<V>(kKept[k]) * state[k + 1] + saved[0];
+      sum += splat<V>(1.0 - kKept[k]) * state[k + 1];
+    }
+    state[0] = saved[1] * sum;
+  }
+  template <class V>
+  RNNFAST_HD static void backward(const V (&saved)[2], const V (&)[5], const V (&next)[5],
+                                  V (&dstate)[5], V (&dgx)[2], V (&dgh)[2]) {
+    const V one = splat<V>(1.0), u = saved[0], o = saved[1];
+    V sum{}, du{};
+    for (int k = 0; k < 4; ++k) {
+      sum += splat<V>(1.0 - kKept[k]) * next[k + 1];
+      const V dtrace = dstate[k + 1] + dstate[0] * o * splat<V>(1.0 - kKept[k]);
+      du += dtrace;
+      dstate[k + 1] = splat<V>(kKept[k]) * dtrace;
+    }
+    dgx[0] = dgh[0] = du * (one - u * u);
+    dgx[1] = dgh[1] = dstate[0] * sum * o * (one - o);
+    dstate[0] = V{};
+  }
+};
+"""
+    + TAIL
+)
+
 # Without a hidden side; and a diagonal one, in a namespace, of a struct of the library.
 SIMPLE = (
     '#include "indrnn.h"\n'
@@ -123,6 +167,13 @@ def leaky_step(gx: Any, gh: Any, state: Any, p: Any) -> Any:
     return torch.sigmoid(gx[1] + gh[1] + p[1] * c) * torch.tanh(c), c
 
 
+def traces_step(gx: Any, gh: Any, state: Any) -> Any:
+    u, kept = torch.tanh(gx[0] + gh[0]), (0.5, 0.75, 0.875, 0.9375)
+    traces = [a * trace + u for a, trace in zip(kept, state[1:], strict=True)]
+    total = sum((1 - a) * trace for a, trace in zip(kept, traces, strict=True))
+    return (torch.sigmoid(gx[1] + gh[1]) * total, *traces)
+
+
 AS_BUILT = _own_library.FLAGS
 # A third of the compiler's time: what most of these tests look at does not depend on it.
 QUICK = """
@@ -148,6 +199,7 @@ def folder(quick_compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Pa
         ("mgu.h", MGU),
         ("leaky.h", LEAKY),
         ("decay.h", DECAY),
+        ("traces.h", TRACES),
         ("simple.h", SIMPLE),
     ):
         (folder / name).write_text(text)
@@ -160,6 +212,7 @@ def loaded(folder: Path) -> dict[str, type[rnnfast.LoadedLayer]]:
     return {
         "Mgu": rnnfast.load_cell(folder / "mgu.h", reference=mgu_step),
         "Leaky": rnnfast.load_cell(folder / "leaky.h", reference=leaky_step),
+        "Traces": rnnfast.load_cell(folder / "traces.h", reference=traces_step),
         "Sum": rnnfast.load_cell(
             folder / "simple.h",
             reference=lambda gx, gh, state: (0.5 * state[0] + gx[0] + gh[0],),

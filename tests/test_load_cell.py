@@ -32,7 +32,7 @@ load_cell: Any = importlib.import_module("rnnfast.load_cell")  # the name is the
 
 pytest_plugins = ["own_headers"]
 f64 = torch.float64
-KINDS = ("Mgu", "Leaky", "Sum", "Unit")
+KINDS = ("Mgu", "Leaky", "Traces", "Sum", "Unit")
 each = pytest.mark.parametrize("kind", KINDS)
 LENGTHS = torch.tensor([2, 6, 4])
 

@@ -21,7 +21,10 @@ from rnnfast import _own_library, cells
 load_cell: Any = importlib.import_module("rnnfast.load_cell")  # the name is the function's, too
 
 pytest_plugins = ["own_headers"]
-KINDS = {"Mgu": "mgu.h", "Leaky": "leaky.h", "Sum": "simple.h", "mine::Unit": "simple.h"}
+KINDS = {
+    "Mgu": "mgu.h", "Leaky": "leaky.h", "Traces": "traces.h", "Sum": "simple.h",
+    "mine::Unit": "simple.h",
+}  # fmt: skip
 each = pytest.mark.parametrize("kind", KINDS)
 f64 = torch.float64
 # g++ in nvcc's place, with the runtime of loops in that of CUDA's

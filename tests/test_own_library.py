@@ -181,14 +181,6 @@ def test_not_the_contract(tmp_path: Path, before: str, after: str, sentence: str
     assert "own_cell.cpp" in log.read_text()
 
 
-def test_three_states(tmp_path: Path) -> None:
-    text = MGU.replace("int kStates = 1", "int kStates = 3")
-    for name in ("state", "prev", "next", "dstate"):
-        text = text.replace(f"(&{name})[1]", f"(&{name})[3]")
-    said = fails(tmp_path / "a.h", text, "is not a cell yet:")
-    assert "a layer of load_cell has 1 state, h, or 2, h and c" in said.splitlines()[1]
-
-
 def test_does_not_compile(tmp_path: Path) -> None:
     said = fails(tmp_path / "a.h", MGU.replace("tanh(", "tan_h("), "does not compile for")
     lines = said.splitlines()

@@ -30,7 +30,6 @@ template <class Cell>
 constexpr OwnCell own_cell() {
   if constexpr (fulfils_contract<Cell>()) {
     static_assert(!kKeepsOf<Cell>, "a cell of load_cell has no zoneout (kKeeps)");
-    static_assert(Cell::kStates <= 2, "a layer of load_cell has 1 state, h, or 2, h and c");
     return {RNNFAST_ENGINE_STAMP,
             Isa::RNNFAST_OWN_ISA,
             info_of<Cell>(RNNFAST_OWN_NAME, false, false),
