@@ -18,33 +18,27 @@
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
 #define ON_HOST_ADDRESS_SANITIZER
-#elif __has_feature(thread_sanitizer)
-#define ON_HOST_THREAD_SANITIZER
 #endif
 #endif
 #ifdef __SANITIZE_ADDRESS__
 #define ON_HOST_ADDRESS_SANITIZER
-#elif defined(__SANITIZE_THREAD__)
-#define ON_HOST_THREAD_SANITIZER
 #endif
 #ifdef ON_HOST_ADDRESS_SANITIZER
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#elif defined(ON_HOST_THREAD_SANITIZER)
-#include <sanitizer/tsan_interface.h>
 #endif
 
 namespace on_host {
 
 namespace {
 
-#if defined(ON_HOST_ADDRESS_SANITIZER) || defined(ON_HOST_THREAD_SANITIZER)
+#ifdef ON_HOST_ADDRESS_SANITIZER
 constexpr size_t kStackBytes = 256 << 10;
 #else
 constexpr size_t kStackBytes = 64 << 10;
 #endif
 
-// One side of a switch: where it goes on, and what the sanitizers know of its stack.
+// One side of a switch: where it goes on, and what the sanitizer knows of its stack.
 struct Side {
   ucontext_t context{};
   jmp_buf jump;
@@ -52,19 +46,15 @@ struct Side {
   const void* stack = nullptr;
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;
-  void* shadow = nullptr;
 };
 
 // swapcontext asks the system for the signal mask at each switch, which takes five times as long as
-// a jump, or more. Sanitizers, which follow each jump, get the slow way.
+// a jump, or more. The sanitizer, which follows each jump, gets the slow way.
 [[gnu::noinline]] void go(Side& from, Side& to) {
 #ifdef ON_HOST_ADDRESS_SANITIZER
   __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_bytes);
   swapcontext(&from.context, &to.context);
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
-#elif defined(ON_HOST_THREAD_SANITIZER)
-  __tsan_switch_to_fiber(to.shadow, 0);
-  swapcontext(&from.context, &to.context);
 #else
   from.jumps = true;
   if (_setjmp(from.jump) != 0) return;
@@ -120,8 +110,6 @@ Fiber* new_fiber() {
   makecontext(&inside.context, begin, 0);
 #ifdef ON_HOST_ADDRESS_SANITIZER
   inside.context.uc_stack = {};  // or swapcontext would forget what is poisoned there
-#elif defined(ON_HOST_THREAD_SANITIZER)
-  inside.shadow = __tsan_create_fiber(0);
 #endif
   return fiber;
 }
@@ -129,8 +117,6 @@ Fiber* new_fiber() {
 void delete_fiber(Fiber* fiber) {
 #ifdef ON_HOST_ADDRESS_SANITIZER
   __asan_unpoison_memory_region(fiber->inside.stack, kStackBytes);  // others may get these pages
-#elif defined(ON_HOST_THREAD_SANITIZER)
-  __tsan_destroy_fiber(fiber->inside.shadow);
 #endif
   munmap(fiber->stack, fiber->guard + kStackBytes);
   delete fiber;
@@ -144,9 +130,6 @@ void start(Fiber* fiber, void (*work)(void*), void* of) {
 
 void enter(Fiber* fiber) {
   beginning = fiber;
-#ifdef ON_HOST_THREAD_SANITIZER
-  fiber->outside.shadow = __tsan_get_current_fiber();
-#endif
   go(fiber->outside, fiber->inside);
 }
 
