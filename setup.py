@@ -88,10 +88,11 @@ class CMakeBuild(build_ext):
             f"-DRNNFAST_ISAS={os.environ.get('RNNFAST_ISAS') or 'all'}",
             f"-DRNNFAST_CUDA={cuda}",
             f"-DRNNFAST_CUDA_ARCHS={archs}",
-            f"-DRNNFAST_CUDA_STRICT={os.environ.get('RNNFAST_CUDA_STRICT') or '0'}",
             f"-DRNNFAST_DEV={'ON' if dev else 'OFF'}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]
+        if strict := os.environ.get("RNNFAST_CUDA_STRICT"):  # else as the folder was built before
+            options.append(f"-DRNNFAST_CUDA_STRICT={strict}")
         if dev:
             pybind11 = importlib.util.find_spec("pybind11")
             if pybind11 is None or pybind11.origin is None:

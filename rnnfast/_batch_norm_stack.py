@@ -46,8 +46,11 @@ def _number(option: str, value: Any) -> float:
         )
     try:
         return float(value)
-    except OverflowError:  # an integer beyond all floats
-        return math.inf if value > 0 else -math.inf
+    except OverflowError:
+        raise ValueError(
+            f"rnnfast: {option} of BatchNormLSTM must be a number that a float can hold, got an "
+            f"int of {int(value).bit_length()} bits"
+        ) from None
 
 
 def numbers(eps: Any, momentum: Any) -> tuple[float, float]:

@@ -17,8 +17,10 @@ _Size = tuple[int, int, int]
 
 
 def names(states: int) -> list[str]:
-    """What errors call the states of a cell: sLSTM's names, and numbers behind them."""
-    return [*"hcnm"[:states], *(f"s{k}" for k in range(4, states))]
+    """What errors call the states of a cell: as the library's cells have them, or by number."""
+    return (
+        [*"hcnm"[:states]] if states in (1, 2, 4) else ["h", *(f"s{k}" for k in range(1, states))]
+    )
 
 
 def _refuse(found: Any, states: int, error: type[Exception]) -> NoReturn:

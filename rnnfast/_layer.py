@@ -279,8 +279,8 @@ class Layer(nn.RNNBase):
 
         Shape:
             - input: :math:`(B, I)` or :math:`(I)`
-            - state: as ``hx`` of :meth:`forward`, :math:`(L, B, H)` or :math:`(L, H)`, a pair for
-              the LSTM
+            - state: as ``hx`` of :meth:`forward`, :math:`(L, B, H)` or :math:`(L, H)`, a tuple
+              where a layer has several states
             - reset: :math:`(B)`, or a bool for unbatched input
             - output: :math:`(B, P)` or :math:`(P)`, :math:`P` = proj_size or hidden_size
 

@@ -168,7 +168,7 @@ def stack(
     without_rules = batch_sizes is not None or spec.parameters > 0
     use_ref = use_reference(x, h0, c0, weights, without_rules)
     # some cells save nothing but y
-    recompute = recompute and spec.saved > 0 and _is_grad_enabled()
+    recompute = recompute and spec.planes > 0 and _is_grad_enabled()
     if use_ref and batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.size(0))
     of_layer = directions * spec.heads  # passes side by side

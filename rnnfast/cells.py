@@ -68,6 +68,11 @@ class CellSpec:
     heads: int = 1
 
     @property
+    def planes(self) -> int:
+        """What the engine keeps of a step for backward, y aside."""
+        return self.saved + self.states - 1
+
+    @property
     def is_own(self) -> bool:
         """Whether rnnfast.load_cell made it."""
         return self.id & 0xFF == OWN_CELL

@@ -352,7 +352,7 @@ def _layer_rows(name: str, module: nn.Module, x: Any, seq_len: int, batch: int) 
             return f"freeze(), {sum(map(frozen.bytes, passes)) / 2**20:.1f} MiB"
 
         def beside(layer: int, direction: int, inputs: int) -> Beside | None:
-            if train and spec.saved > 0 and getattr(m, "recompute", False):
+            if train and spec.planes > 0 and getattr(m, "recompute", False):
                 return None  # one pass after the other, a chunk at a time
             if m.zoneout or (m.training and m.recurrent_dropout):
                 return None  # one pass after the other

@@ -107,7 +107,7 @@ def forward_fake(
         batch = _batch(batch_sizes, h0)
         rows = x.shape[0]
         y = x.new_empty((rows, out))
-    planes = spec.saved + spec.states - 1 + (w_hr is not None)
+    planes = spec.planes + (w_hr is not None)
     kept = torch.float64 if x.dtype == torch.float64 else torch.float32
     saved = x.new_empty((rows, planes, hidden) if save else (0,), dtype=kept)
     return y, x.new_empty((batch, out)), x.new_empty((spec.states - 1, batch, hidden)), saved

@@ -91,7 +91,8 @@ struct Traces {
   static constexpr Recurrence kRecurrence = Recurrence::kDense;
   static constexpr bool kSplitGates = false;
   static constexpr bool kReadsH = false;
-  static constexpr double kKept[4] = {0.5, 0.75, 0.875, 0.9375};
+
+  RNNFAST_HD static constexpr double kept(int trace) { return 1.0 - 0.5 / (1 << trace); }
 
   template <class V>
   RNNFAST_HD static void forward(const V (&gx)[2], const V (&gh)[2], V (&state)[5], V (&saved)[2]) {
@@ -99,8 +100,8 @@ struct Traces {
     saved[1] = sigmoid(gx[1] + gh[1]);
     V sum{};
     for (int k = 0; k < 4; ++k) {
-      state[k + 1] = splat<V>(kKept[k]) * state[k + 1] + saved[0];
-      sum += splat<V>(1.0 - kKept[k]) * state[k + 1];
+      state[k + 1] = splat<V>(kept(k)) * state[k + 1] + saved[0];
+      sum += splat<V>(1.0 - kept(k)) * state[k + 1];
     }
     state[0] = saved[1] * sum;
   }
@@ -110,14 +111,49 @@ struct Traces {
     const V one = splat<V>(1.0), u = saved[0], o = saved[1];
     V sum{}, du{};
     for (int k = 0; k < 4; ++k) {
-      sum += splat<V>(1.0 - kKept[k]) * next[k + 1];
-      const V dtrace = dstate[k + 1] + dstate[0] * o * splat<V>(1.0 - kKept[k]);
+      sum += splat<V>(1.0 - kept(k)) * next[k + 1];
+      const V dtrace = dstate[k + 1] + dstate[0] * o * splat<V>(1.0 - kept(k));
       du += dtrace;
-      dstate[k + 1] = splat<V>(kKept[k]) * dtrace;
+      dstate[k + 1] = splat<V>(kept(k)) * dtrace;
     }
     dgx[0] = dgh[0] = du * (one - u * u);
     dgx[1] = dgh[1] = dstate[0] * sum * o * (one - o);
     dstate[0] = V{};
+  }
+};
+"""
+    + TAIL
+)
+
+# Several states, a parameter, no hidden side, and nothing kept for backward but the states.
+DRIFT = (
+    HEAD
+    + """
+struct Drift {
+  static constexpr int kGates = 1;
+  static constexpr int kStates = 3;  // h, and the sums below it
+  static constexpr int kSaved = 0;
+  static constexpr int kParameters = 1;
+  static constexpr Recurrence kRecurrence = Recurrence::kNone;
+  static constexpr bool kSplitGates = false;
+  static constexpr bool kReadsH = true;
+
+  template <class V>
+  RNNFAST_HD static void forward(const V (&p)[1], const V (&gx)[1], const V (&gh)[1], V (&state)[3],
+                                 V (&)[1]) {
+    state[2] = splat<V>(0.5) * state[2] + gx[0] + gh[0];
+    state[1] = p[0] * state[1] + state[2];
+    state[0] = splat<V>(0.25) * state[0] + state[1];
+  }
+  template <class V>
+  RNNFAST_HD static void backward(const V (&p)[1], V (&dp)[1], const V (&)[1], const V (&prev)[3],
+                                  const V (&)[3], V (&dstate)[3], V (&dgx)[1], V (&dgh)[1]) {
+    const V dfirst = dstate[1] + dstate[0];
+    dgx[0] = dgh[0] = dstate[2] + dfirst;
+    dp[0] = dfirst * prev[1];
+    dstate[0] = splat<V>(0.25) * dstate[0];
+    dstate[1] = p[0] * dfirst;
+    dstate[2] = splat<V>(0.5) * dgx[0];
   }
 };
 """
@@ -174,6 +210,12 @@ def traces_step(gx: Any, gh: Any, state: Any) -> Any:
     return (torch.sigmoid(gx[1] + gh[1]) * total, *traces)
 
 
+def drift_step(gx: Any, gh: Any, state: Any, p: Any) -> Any:
+    second = 0.5 * state[2] + gx[0] + gh[0]
+    first = p[0] * state[1] + second
+    return 0.25 * state[0] + first, first, second
+
+
 AS_BUILT = _own_library.FLAGS
 # A third of the compiler's time: what most of these tests look at does not depend on it.
 QUICK = """
@@ -200,6 +242,7 @@ def folder(quick_compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Pa
         ("leaky.h", LEAKY),
         ("decay.h", DECAY),
         ("traces.h", TRACES),
+        ("drift.h", DRIFT),
         ("simple.h", SIMPLE),
     ):
         (folder / name).write_text(text)
@@ -213,6 +256,7 @@ def loaded(folder: Path) -> dict[str, type[rnnfast.LoadedLayer]]:
         "Mgu": rnnfast.load_cell(folder / "mgu.h", reference=mgu_step),
         "Leaky": rnnfast.load_cell(folder / "leaky.h", reference=leaky_step),
         "Traces": rnnfast.load_cell(folder / "traces.h", reference=traces_step),
+        "Drift": rnnfast.load_cell(folder / "drift.h", reference=drift_step),
         "Sum": rnnfast.load_cell(
             folder / "simple.h",
             reference=lambda gx, gh, state: (0.5 * state[0] + gx[0] + gh[0],),

@@ -342,7 +342,12 @@ def layer(**options: Any) -> Any:
         (lambda: layer(max_steps=0), ValueError, "max_steps of BatchNormLSTM must be at least 1"),
         (lambda: layer(max_steps=2.0), TypeError, "max_steps .* must be an int, got float"),
         (lambda: layer(momentum=1.5), ValueError, r"momentum .* must be in \[0, 1\], got 1.5"),
-        (lambda: layer(momentum=10**400), ValueError, r"must be in \[0, 1\], got 10000"),
+        (lambda: layer(momentum=10**5000), ValueError, "momentum .* got an int of 16610 bits"),
+        (
+            lambda: layer(eps=10**400),
+            ValueError,
+            "eps .* a float can hold, got an int of 1329 bits",
+        ),
         (lambda: layer(momentum=float("nan")), ValueError, r"must be in \[0, 1\], got nan"),
         (lambda: layer(momentum=None), TypeError, "momentum .* must be a number, got NoneType"),
         (lambda: layer(bidirectional="a"), TypeError, "bidirectional .* must be a bool, got str"),

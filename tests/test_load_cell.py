@@ -32,7 +32,7 @@ load_cell: Any = importlib.import_module("rnnfast.load_cell")  # the name is the
 
 pytest_plugins = ["own_headers"]
 f64 = torch.float64
-KINDS = ("Mgu", "Leaky", "Traces", "Sum", "Unit")
+KINDS = ("Mgu", "Leaky", "Traces", "Drift", "Sum", "Unit")
 each = pytest.mark.parametrize("kind", KINDS)
 LENGTHS = torch.tensor([2, 6, 4])
 
@@ -107,6 +107,23 @@ def test_gradients_by_differences(loaded: Any, kind: str) -> None:
 
     assert gradcheck(call, (x, *weights))
     assert gradgradcheck(call, (x, *weights))
+
+
+def test_recompute_of_states_alone(loaded: Any) -> None:
+    """A cell that has no planes but its states is recomputed, too."""
+    kept = []
+    for recompute in (False, True):
+        sizes: list[int] = []
+        layer = loaded["Drift"](3, 8, recompute=recompute)
+
+        def note(t: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(t.numel())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            layer(torch.randn(512, 2, 3))
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 2
 
 
 def test_it_is_the_librarys_own_cell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,6 +371,18 @@ def test_from_python_to_a_header(library: Any, device: torch.device) -> None:
 
 
 # --------------------------------------------------------------------------- check_cell
+
+
+def test_states_are_named(loaded: Any) -> None:
+    x = torch.randn(T, B, IN)
+    with pytest.raises(TypeError, match=r"hx must be a tuple \(h_0, s1_0, s2_0\) of three tensors"):
+        loaded["Drift"](IN, H)(x, (torch.zeros(1, B, H),) * 2)
+    with pytest.raises(
+        TypeError, match=r"\(h_0, s1_0, s2_0, s3_0, s4_0\) of 5 tensors, got Tensor"
+    ):
+        loaded["Traces"](IN, H)(x, torch.zeros(1, B, H))
+    with pytest.raises(RuntimeError, match=r"state must be a tuple \(h, s1, s2, s3, s4\)"):
+        loaded["Traces"](IN, H).step(x[0], torch.zeros(1, B, H))
 
 
 @each

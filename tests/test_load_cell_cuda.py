@@ -22,8 +22,8 @@ load_cell: Any = importlib.import_module("rnnfast.load_cell")  # the name is the
 
 pytest_plugins = ["own_headers"]
 KINDS = {
-    "Mgu": "mgu.h", "Leaky": "leaky.h", "Traces": "traces.h", "Sum": "simple.h",
-    "mine::Unit": "simple.h",
+    "Mgu": "mgu.h", "Leaky": "leaky.h", "Traces": "traces.h", "Drift": "drift.h",
+    "Sum": "simple.h", "mine::Unit": "simple.h",
 }  # fmt: skip
 each = pytest.mark.parametrize("kind", KINDS)
 f64 = torch.float64
@@ -210,18 +210,21 @@ def test_where_nvcc_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert _own_library.cuda_compiler() == [str(nvcc)]
 
 
-def test_nvcc_compiles_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["Leaky", "Traces"])
+def test_nvcc_compiles_it(
+    folder: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a machine with a device, but for the second architecture; without nvcc a sentence."""
     monkeypatch.setenv("RNNFAST_CACHE", str(tmp_path))
     if not _own_library.has_nvcc():
         with pytest.raises(RuntimeError, match="load_cell needs nvcc"):
-            _own_library.library(source(folder, "Leaky"), _own_library.CUDA)
+            _own_library.library(source(folder, kind), _own_library.CUDA)
         return
     flags = [flag for flag in _own_library.CUDA_FLAGS if "compute_80" not in flag]
     assert len(flags) < len(_own_library.CUDA_FLAGS)
     monkeypatch.setattr(_own_library, "CUDA_FLAGS", tuple(flags))
-    made = _own_library.library(source(folder, "Leaky"), _own_library.CUDA)
-    assert made.name.startswith("Leaky-cuda-")
+    made = _own_library.library(source(folder, kind), _own_library.CUDA)
+    assert made.name.startswith(f"{kind}-cuda-")
     library = ctypes.CDLL(str(made))
     library.rnnfast_own_cuda_cell.restype = ctypes.c_void_p
     first = ctypes.c_char_p.from_address(library.rnnfast_own_cuda_cell())
