@@ -390,7 +390,8 @@ def test_good_cells_pass(loaded: Any, kind: str) -> None:
     errors = rnnfast.check_cell(loaded[kind])
     assert max(errors.values()) < 1e-4
     assert {"state[0]", "dgx[0]", "dstate[0]", "dw_ih of a layer of float32"} <= errors.keys()
-    assert ("dp[1]" in errors) == (kind == "Leaky") and ("dgh[0]" in errors) == (kind != "Sum")
+    assert ("dp[0]" in errors) == (kind in ("Leaky", "Drift"))
+    assert ("dgh[0]" in errors) == (kind not in ("Sum", "Drift"))
 
 
 def test_bad_cells_are_told_where(tmp_path: Path) -> None:
