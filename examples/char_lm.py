@@ -362,7 +362,7 @@ def draw(
         values = [max(value, 1e-8) for value in differences(run, theirs)]
         gap.semilogy(steps, values, color=color, linewidth=1, label=label)
     gap.set(title="Distance from torch.nn", xlabel="step", ylabel="|Δ loss|")
-    gap.legend(frameon=False, loc="lower right", ncols=2)
+    gap.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=2)
     gap.grid(axis="y", color="#eceff3")
 
     step = figure.add_subplot(grid[0, 1])
