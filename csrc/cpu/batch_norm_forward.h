@@ -89,8 +89,8 @@ class BatchNormForward {
   void product(int64_t rows, int64_t p, int64_t k_size, const scalar_t* a, const scalar_t* w,
                scalar_t* out, int64_t out_row) {
     multiply(rows, 4,
-             Operands<scalar_t>{k_size, a, k_size, 1, w + gates_.offset(p) * k_size, kGhRow,
-                                nullptr, 0, out, out_row});
+             Operands<scalar_t>{k_size, a, k_size, 1, packed_panel(gates_, p, k_size, w), nullptr,
+                                0, out, out_row});
   }
 
   void project_inputs(Range chunk) {

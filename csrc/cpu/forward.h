@@ -100,7 +100,7 @@ class ForwardPass : public ForwardBase<Format> {
       // There and back: what was read last, by the last step or call, is still in the cache.
       const int64_t p = sweep_ % 2 ? mine_.panels.end - 1 - i : mine_.panels.begin + i;
       if (panel_by_panel_) this->project_panel(p, {t, t + 1});
-      const int limit = Format::kDot ? kTileRows : max_rows(gates_.vectors(p));
+      const int limit = Format::kDot ? kTileRows : tile_rows(gates_.vectors(p));
       for_row_tiles(count, limit, [&](int64_t row, int height) {
         const int64_t b = mine_.rows.begin + row;
         const acc_t* gx = gx_ + (first + row) * gx_row_ + gates_.offset(p);

@@ -245,19 +245,19 @@ class ForwardBase {
                       const Operand& a, const PackedMatrix<Format>& w, const acc_t* start,
                       acc_t* out, int64_t out_row) {
     const int vectors = panels.vectors(p);
-    const weight_t* panel = w.panels + panels.offset(p) * padded_k<Format>(k_size);
     if constexpr (Format::kDot) {
       constexpr int64_t kGroupBytes = 4;
       w.dot(rows, vectors,
             {padded_k<Format>(k_size) * static_cast<int64_t>(sizeof(weight_t)) / kDotBlockBytes,
-             a.rows, a.row * static_cast<int64_t>(sizeof(operand_t)), panel,
-             vectors * kLanes * kGroupBytes, start, 0, out, out_row, a.scales,
-             w.scale ? w.scale + panels.offset(p) : nullptr,
+             a.rows, a.row * static_cast<int64_t>(sizeof(operand_t)),
+             w.panels + panels.offset(p) * padded_k<Format>(k_size), vectors * kLanes * kGroupBytes,
+             start, 0, out, out_row, a.scales, w.scale ? w.scale + panels.offset(p) : nullptr,
              w.sum ? w.sum + panels.offset(p) : nullptr});
     } else {
       multiply(rows, vectors,
-               Operands<acc_t, weight_t>{k_size, a.rows, a.row, 1, panel, vectors * kLanes, start,
-                                         0, out, out_row});
+               Operands<acc_t, weight_t>{k_size, a.rows, a.row, 1,
+                                         packed_panel(panels, p, k_size, w.panels), start, 0, out,
+                                         out_row});
     }
   }
 

@@ -19,12 +19,29 @@ constexpr int64_t kBlock = 256;  // products in a partial sum
 // this many bytes early (5 to 15 % here where a panel exceeds the first cache).
 constexpr int64_t kAhead = 2048;
 
-// Accumulators, one vector of weights at a time and a broadcast must fit the registers.
+// Accumulators, the vectors of weights (or the rows' elements) and one of the other must fit the
+// registers.
 constexpr int max_rows(int vectors) {
-  const int fit = (kVectorRegisters - (kVectorRegisters == 32 ? vectors + 1 : 2)) / vectors;
-  const int rows = kVectorRegisters == 16 && vectors == 4 ? 3 : fit;
-  return rows < kMaxRows ? rows : kMaxRows;
+  const int fit = kVectorRegisters == 32 ? (32 - vectors - 1) / vectors : 12 / vectors;
+  return fit < kMaxRows ? fit : kMaxRows;
 }
+
+// A panel lies in memory as slices of so many vectors, each of all of k. With 16 registers a tile
+// of six rows and half a panel reads half of the weights that one of three rows and a panel reads.
+constexpr int slice_vectors(int vectors) {
+  return kVectorRegisters == 16 && vectors == kMaxVectors ? 2 : vectors;
+}
+
+// Rows that a product of so many vectors takes best together.
+constexpr int tile_rows(int vectors) { return max_rows(slice_vectors(vectors)); }
+
+// Vector v of element k at w[k*k_stride + v/side*slice_stride + v%side*lanes], `side` being
+// slice_vectors.
+template <class weight_t>
+struct WeightPanel {
+  const weight_t* w;
+  int64_t k_stride, slice_stride;
+};
 
 // Weights may be of a smaller type than the sums; they are widened as they are loaded.
 template <class scalar_t, class weight_t = scalar_t>
@@ -32,8 +49,7 @@ struct Operands {
   int64_t k_size;
   const scalar_t* a;  // row r, element k at a[r*a_row + k*a_k]
   int64_t a_row, a_k;
-  const weight_t* w;  // vector v of element k at w[k*w_k + v*lanes]
-  int64_t w_k;
+  WeightPanel<weight_t> panel;
   const scalar_t* start;  // start values at start[r*start_row + ...]; null: zero
   int64_t start_row;
   scalar_t* out;
@@ -44,9 +60,13 @@ template <class scalar_t, class weight_t, int kRows, int kVectors>
 __attribute__((noinline)) void tile(const Operands<scalar_t, weight_t>& o) {
   using V = vector_of<scalar_t>;
   constexpr int64_t lanes = lanes_of<scalar_t>;
+  constexpr int kSide = slice_vectors(kVectors);
+  // Few rows keep their elements in registers while the weights pass by, many rows the weights.
+  constexpr bool kHoldRows = kRows > 1 && kRows < 4 && kRows < kVectors;
   const scalar_t* a = o.a;
-  const weight_t* w = o.w;
-  const int64_t a_row = o.a_row, a_k = o.a_k, w_k = o.w_k;
+  const weight_t* w = o.panel.w;
+  const int64_t a_row = o.a_row, a_k = o.a_k, w_k = o.panel.k_stride,
+                w_slice = o.panel.slice_stride;
   // Partial sums of kBlock products each, started at zero, keep the
   // rounding error near that of a blocked library product; the start
   // value, which may be far larger than a product, comes in once.
@@ -56,18 +76,35 @@ __attribute__((noinline)) void tile(const Operands<scalar_t, weight_t>& o) {
   do {
     V acc[kRows][kVectors] = {};
     for (int64_t k = smaller(left, kBlock); k > 0; --k) {
-      V b[kVectors];
-      RNNFAST_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        if (v * sizeof(V) % 64 == 0)  // once a cache line
-          __builtin_prefetch(reinterpret_cast<const char*>(w + v * lanes) + kAhead);
-        b[v] = load_wide(w + v * lanes);
-      }
-      RNNFAST_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const V s = a[r * a_row] - V{};  // x - 0 is x to the compiler, 0 + x is not
+      const auto weights = [&](int v) {
+        const weight_t* from = w + v / kSide * w_slice + v % kSide * lanes;
+        if (v % kSide * sizeof(V) % 64 == 0)  // once a cache line
+          __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
+        return load_wide(from);
+      };
+      // x - 0 is x to the compiler, 0 + x is not
+      const auto element = [&](int r) -> V { return a[r * a_row] - V{}; };
+      if constexpr (kHoldRows) {
+        V s[kRows];
         RNNFAST_UNROLL
-        for (int v = 0; v < kVectors; ++v) acc[r][v] += s * b[v];
+        for (int r = 0; r < kRows; ++r) hold(s[r] = element(r));
+        RNNFAST_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          V b = weights(v);
+          hold(b);
+          RNNFAST_UNROLL
+          for (int r = 0; r < kRows; ++r) acc[r][v] += s[r] * b;
+        }
+      } else {
+        V b[kVectors];
+        RNNFAST_UNROLL
+        for (int v = 0; v < kVectors; ++v) b[v] = weights(v);
+        RNNFAST_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          const V s = element(r);
+          RNNFAST_UNROLL
+          for (int v = 0; v < kVectors; ++v) acc[r][v] += s * b[v];
+        }
       }
       a += a_k;
       w += w_k;
@@ -132,18 +169,23 @@ RNNFAST_HD void for_row_tiles(int64_t rows, int limit, const Use& use) {
   }
 }
 
-// out[r][0 .. vectors*lanes) = start + a[r] . w for any number of rows.
+// out[r][0 .. vectors*lanes) = start + a[r] . w for any number of rows: few at once, more slice by
+// slice, which the first cache may hold.
 template <class scalar_t, class weight_t>
 __attribute__((noinline)) void multiply(int64_t rows, int vectors,
                                         const Operands<scalar_t, weight_t>& all) {
   if (rows <= max_rows(vectors)) return tile_of(static_cast<int>(rows), vectors, all);
-  for_row_tiles(rows, max_rows(vectors), [&](int64_t row, int height) {
-    Operands<scalar_t, weight_t> o = all;
-    o.a += row * o.a_row;
-    if (o.start) o.start += row * o.start_row;
-    o.out += row * o.out_row;
-    tile_of(height, vectors, o);
-  });
+  const int side = slice_vectors(vectors);
+  for (int v = 0; v < vectors; v += side)
+    for_row_tiles(rows, max_rows(side), [&](int64_t row, int height) {
+      const int64_t column = v * lanes_of<scalar_t>;
+      Operands<scalar_t, weight_t> o = all;
+      o.a += row * o.a_row;
+      o.panel.w += v / side * o.panel.slice_stride;
+      if (o.start) o.start += row * o.start_row + column;
+      o.out += row * o.out_row + column;
+      tile_of(height, side, o);
+    });
 }
 
 // As multiply, writing only the first `columns` of each row and, with `add`, onto what out holds.
@@ -160,7 +202,7 @@ __attribute__((noinline)) void multiply_columns(int64_t rows, int64_t columns, b
   }
   // A full vector would run past the row: go through a buffer.
   alignas(64) scalar_t buffer[kMaxRows][kMaxVectors * lanes];
-  for_row_tiles(rows, max_rows(vectors), [&](int64_t row, int height) {
+  for_row_tiles(rows, tile_rows(vectors), [&](int64_t row, int height) {
     Operands<scalar_t> o = all;
     o.a += row * o.a_row;
     scalar_t* out = o.out + row * o.out_row;
@@ -171,7 +213,7 @@ __attribute__((noinline)) void multiply_columns(int64_t rows, int64_t columns, b
       for (int64_t c = columns; c < vectors * lanes; ++c) buffer[r][c] = scalar_t(0);
     o.start = o.out = &buffer[0][0];
     o.start_row = o.out_row = kMaxVectors * lanes;
-    tile_of(height, vectors, o);
+    multiply(height, vectors, o);
     for (int r = 0; r < height; ++r)
       for (int64_t c = 0; c < columns; ++c) out[r * all.out_row + c] = buffer[r][c];
   });
@@ -221,7 +263,8 @@ __attribute__((noinline)) void dot_tile(int64_t k_size, const scalar_t* a, int64
     for (int r = 0; r < kRows; ++r) x[r] = load(a + r * a_row + k);
     RNNFAST_UNROLL
     for (int u = 0; u < kUnits; ++u) {
-      const V b = load_wide(w + u * w_row + k);
+      V b = load_wide(w + u * w_row + k);
+      if constexpr (kRows > 1) hold(b);
       RNNFAST_UNROLL
       for (int r = 0; r < kRows; ++r) acc[r][u] += x[r] * b;
     }

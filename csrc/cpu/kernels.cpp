@@ -52,27 +52,25 @@ void product(Kernel kernel, int64_t rows, int64_t units, int64_t k_size, const s
   const scalar_t* no_bias = nullptr;
   if (kernel == Kernel::kDirect)
     return multiply_direct(rows, units, k_size, a, k_size, w, k_size, no_bias, out, units);
-  constexpr int64_t lanes = lanes_of<scalar_t>;
   const Panels<scalar_t> panels{units, 1};
   scalar_t* packed = new scalar_t[panels.padded() * k_size];
   for (int64_t p = 0; p < panels.count(); ++p) {
     pack_units(panels, p, k_size, w, packed);
     multiply_columns(
         rows, panels.valid(p), false,
-        Operands<scalar_t>{k_size, a, k_size, 1, packed + panels.offset(p) * k_size,
-                           panels.vectors(p) * lanes, nullptr, 0, out + panels.first(p), units});
+        Operands<scalar_t>{k_size, a, k_size, 1, packed_panel(panels, p, k_size, packed), nullptr,
+                           0, out + panels.first(p), units});
   }
   delete[] packed;
 }
 
 int64_t spin_tile(int64_t repeats) {
-  constexpr int kRows = max_rows(kMaxVectors);
-  constexpr int64_t kSize = 64, lanes = lanes_of<float>;
-  static float a[kRows * kSize], w[kSize * kMaxVectors * lanes], out[kRows * kMaxVectors * lanes];
+  constexpr int kSide = slice_vectors(kMaxVectors), kRows = max_rows(kSide);
+  constexpr int64_t kSize = 64, kWidth = kSide * lanes_of<float>;
+  static float a[kRows * kSize], w[kSize * kWidth], out[kRows * kWidth];
   for (int64_t i = 0; i < repeats; ++i)
-    tile<float, float, kRows, kMaxVectors>(
-        {kSize, a, kSize, 1, w, kMaxVectors * lanes, nullptr, 0, out, kMaxVectors * lanes});
-  return repeats * 2 * kRows * kSize * kMaxVectors * lanes;
+    tile<float, float, kRows, kSide>({kSize, a, kSize, 1, {w, kWidth, 0}, nullptr, 0, out, kWidth});
+  return repeats * 2 * kRows * kSize * kWidth;
 }
 
 template <class scalar_t>

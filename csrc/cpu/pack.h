@@ -47,6 +47,26 @@ struct Panels {
   RNNFAST_HD int64_t padded() const { return gates * divide_up(units, kLanes) * kLanes; }
 };
 
+// Where a panel of so many vectors and its vector v are in packed weights whose k has k_size.
+template <class scalar_t>
+RNNFAST_HD int64_t packed_row(int vectors) {
+  return slice_vectors(vectors) * lanes_of<scalar_t>;
+}
+template <class scalar_t>
+RNNFAST_HD int64_t packed_vector(int vectors, int v, int64_t k_size) {
+  const int side = slice_vectors(vectors);
+  return (v / side * side * k_size + v % side) * lanes_of<scalar_t>;
+}
+
+// Panel p of packed weights, from element k of k_size on.
+template <class acc_t, class weight_t>
+RNNFAST_HD WeightPanel<weight_t> packed_panel(const Panels<acc_t>& panels, int64_t p,
+                                              int64_t k_size, const weight_t* packed,
+                                              int64_t k = 0) {
+  const int64_t row = packed_row<acc_t>(panels.vectors(p));
+  return {packed + panels.offset(p) * k_size + k * row, row, row * k_size};
+}
+
 // The units (or columns) of a range of panels.
 template <class scalar_t>
 Range columns_of(const Panels<scalar_t>& panels, Range range) {
@@ -109,14 +129,14 @@ template <class acc_t, class weight_t>
 void pack_units(const Panels<acc_t>& panels, int64_t panel, int64_t k_size, const weight_t* w,
                 weight_t* packed) {
   constexpr int64_t lanes = lanes_of<acc_t>;
-  const int vectors = panels.vectors_per_gate(panel);
+  const int vectors = panels.vectors_per_gate(panel), all = panels.vectors(panel);
   weight_t* out = packed + panels.offset(panel) * k_size;
   for (int g = 0; g < panels.gates; ++g)
     for (int v = 0; v < vectors; ++v) {
       const int64_t unit = panels.first(panel) + v * lanes;
       pack_vector(smaller(lanes, panels.units - unit), k_size,
-                  w + (g * panels.units + unit) * k_size, k_size, out + (g * vectors + v) * lanes,
-                  panels.vectors(panel) * lanes);
+                  w + (g * panels.units + unit) * k_size, k_size,
+                  out + packed_vector<acc_t>(all, g * vectors + v, k_size), packed_row<acc_t>(all));
     }
 }
 
@@ -143,10 +163,10 @@ void pack_rows(const Panels<scalar_t>& panels, int64_t panel, int64_t k_size, co
   const int vectors = panels.vectors(panel);
   const int64_t column = panels.first(panel);
   scalar_t* out = packed + panels.offset(panel) * k_size;
-  for (int64_t k = 0; k < k_size; ++k, out += vectors * lanes) {
+  for (int64_t k = 0; k < k_size; ++k, out += packed_row<scalar_t>(vectors)) {
     const scalar_t* from = row(k);
     for (int v = 0; v < vectors; ++v)
-      store(out + v * lanes,
+      store(out + packed_vector<scalar_t>(vectors, v, k_size),
             from ? load_part(from + column + v * lanes, panels.units - column - v * lanes) : V{});
   }
 }

@@ -14,7 +14,7 @@ struct RowWeights {
   int64_t k_size;
 };
 
-// The slice [k, k + depth) of w for the columns of one panel. Plain rows may end within a vector:
+// The part [k, k + depth) of w for the columns of one panel. Plain rows may end within a vector:
 // those last columns are added one by one.
 template <class scalar_t>
 void panel_product(const Panels<scalar_t>& panels, int64_t p, int64_t rows, bool add, int64_t k,
@@ -22,23 +22,31 @@ void panel_product(const Panels<scalar_t>& panels, int64_t p, int64_t rows, bool
                    scalar_t* out, int64_t out_row) {
   constexpr int64_t lanes = lanes_of<scalar_t>;
   const int64_t valid = panels.valid(p), column = panels.first(p);
-  const int64_t w_k = w.packed ? panels.vectors(p) * lanes : panels.units;
-  const scalar_t* from =
-      w.packed ? w.packed + panels.offset(p) * w.k_size + k * w_k : w.plain + k * w_k + column;
-  const Operands<scalar_t> o{depth, a + k, a_row, 1, from, w_k, nullptr, 0, out + column, out_row};
+  const scalar_t* plain = w.packed ? nullptr : w.plain + k * panels.units + column;
+  const Operands<scalar_t> o{
+      depth,
+      a + k,
+      a_row,
+      1,
+      w.packed ? packed_panel(panels, p, w.k_size, w.packed, k)
+               : WeightPanel<scalar_t>{plain, panels.units, slice_vectors(kMaxVectors) * lanes},
+      nullptr,
+      0,
+      out + column,
+      out_row};
   const int64_t whole = w.packed ? valid : valid / lanes * lanes;
   if (whole > 0) multiply_columns(rows, whole, add, o);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = whole; c < valid; ++c) {
       scalar_t sum = 0;
-      for (int64_t i = 0; i < depth; ++i) sum += o.a[r * a_row + i] * from[i * w_k + c];
+      for (int64_t i = 0; i < depth; ++i) sum += o.a[r * a_row + i] * plain[i * panels.units + c];
       o.out[r * out_row + c] = add ? o.out[r * out_row + c] + sum : sum;
     }
 }
 
-// out (+)= a . w for the columns of the panels in `range`. k goes in slices, and the panels within
-// a slice: a slice of a packed panel stays in the cache, and few plain rows are read along memory,
-// not across it.
+// out (+)= a . w for the columns of the panels in `range`. k goes in parts, and the panels within a
+// part: that of a packed panel stays in the cache, and few plain rows are read along memory, not
+// across it.
 template <class scalar_t>
 void row_product(const Panels<scalar_t>& panels, Range range, int64_t rows, bool add,
                  const scalar_t* a, int64_t a_row, const RowWeights<scalar_t>& w, scalar_t* out,

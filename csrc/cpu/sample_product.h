@@ -18,7 +18,7 @@ constexpr int64_t kReadBeyond = lanes_of<scalar_t> + kMaxRows;
 // rows of the left side are read, as far as the second cache holds the tiles.
 template <class scalar_t>
 int64_t tiles_together(int64_t rows, int64_t columns) {
-  constexpr int64_t kTileRows = max_rows(kMaxVectors), kBytes = 256 << 10;
+  constexpr int64_t kTileRows = tile_rows(kMaxVectors), kBytes = 256 << 10;
   const int64_t fit = kBytes / (rows * kTileRows * static_cast<int64_t>(sizeof(scalar_t)));
   return smaller(divide_up(columns, kTileRows), fit);
 }

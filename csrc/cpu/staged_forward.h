@@ -112,10 +112,10 @@ class StagedForward {
                              s_.gx_row);
     for (int64_t i = 0; i < panels.count(); ++i) {
       const int64_t p = back ? panels.count() - 1 - i : i, at = panels.offset(p);
-      multiply(rows, panels.vectors(p),
-               Operands<scalar_t>{k_size, a, s_.h_row, 1, packed.panels + at * k_size,
-                                  panels.vectors(p) * kLanes, bias ? bias + at : nullptr, 0,
-                                  out + at, s_.gx_row});
+      multiply(
+          rows, panels.vectors(p),
+          Operands<scalar_t>{k_size, a, s_.h_row, 1, packed_panel(panels, p, k_size, packed.panels),
+                             bias ? bias + at : nullptr, 0, out + at, s_.gx_row});
     }
   }
 

@@ -123,6 +123,15 @@ constexpr int kVectorRegisters = 32;
 constexpr int kVectorRegisters = 16;
 #endif
 
+// Keeps v in a register: where a value is a factor of several products, the compiler would rather
+// load it anew for each.
+template <class V>
+RNNFAST_HD void hold(V& v) {
+#ifdef __x86_64__
+  asm("" : "+v"(v));
+#endif
+}
+
 template <class scalar_t>
 RNNFAST_HD vector_of<scalar_t> load(const scalar_t* from) {
   vector_of<scalar_t> v;

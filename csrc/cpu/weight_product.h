@@ -13,7 +13,7 @@ constexpr int64_t kLeftTiles = 8;  // tiles of the left side that are packed tog
 // Elements that weight_product wants at `tiles`.
 template <class scalar_t>
 int64_t left_tiles_size(int64_t rows, int64_t together = kLeftTiles) {
-  return together * (max_rows(kMaxVectors) * rows + kMaxRows + lanes_of<scalar_t>);
+  return together * (tile_rows(kMaxVectors) * rows + kMaxRows + lanes_of<scalar_t>);
 }
 
 // A right side in panels and the gradient that it leads to; null: not asked for.
@@ -29,7 +29,7 @@ struct Right {
 // Where the tile of column i starts: behind each tile is room for what its last vector runs over.
 template <class scalar_t>
 int64_t tile_offset(int64_t i, int64_t rows) {
-  return i * rows + i / max_rows(kMaxVectors) * lanes_of<scalar_t>;
+  return i * rows + i / tile_rows(kMaxVectors) * lanes_of<scalar_t>;
 }
 
 // Columns of the left side, from m on, as tiles, k by k. Several tiles at a time, so that a cache
@@ -37,7 +37,7 @@ int64_t tile_offset(int64_t i, int64_t rows) {
 // the next row.
 template <class scalar_t, class Left>
 void pack_left(int64_t rows, int64_t m, int64_t height, const Left& left, scalar_t* tiles) {
-  constexpr int64_t kTileRows = max_rows(kMaxVectors), kLanes = lanes_of<scalar_t>;
+  constexpr int64_t kTileRows = tile_rows(kMaxVectors), kLanes = lanes_of<scalar_t>;
   const int64_t tile = tile_offset<scalar_t>(kTileRows, rows);
   for (int64_t k = 0; k < rows; ++k) {
     const scalar_t* from = left(k) + m;
@@ -56,7 +56,7 @@ void weight_product(Range range, int64_t rows, bool first, const Left& left,
   bool wanted = false;
   for (const auto& right : rights) wanted = wanted || right.out;
   if (!wanted) return;
-  constexpr int64_t kTileRows = max_rows(kMaxVectors), kLanes = lanes_of<scalar_t>;
+  constexpr int64_t kTileRows = tile_rows(kMaxVectors);
   for (int64_t m = range.begin; m < range.end; m += together * kTileRows) {
     const int64_t height = smaller(range.end - m, together * kTileRows);
     pack_left(rows, m, height, left, tiles);
@@ -67,8 +67,7 @@ void weight_product(Range range, int64_t rows, bool first, const Left& left,
           multiply_columns(
               smaller(kTileRows, height - i), right.panels.valid(p), !first,
               Operands<scalar_t>{rows, tiles + tile_offset<scalar_t>(i, rows), 1, kTileRows,
-                                 right.packed + right.panels.offset(p) * rows,
-                                 right.panels.vectors(p) * kLanes, nullptr, 0,
+                                 packed_panel(right.panels, p, rows, right.packed), nullptr, 0,
                                  right.place(m + i, p), right.panels.units});
     }
   }
