@@ -33,6 +33,22 @@ def test_some(k):
 """
 SKIPPED = ["test_a.py::test_skipped", "test_a.py::test_some[2]"]
 
+# All that conftest.py asks of torch: importing the real one takes most of such a run.
+TORCH = """
+import types
+
+cuda = types.SimpleNamespace(is_available=lambda: False)
+
+def set_num_threads(count):
+    pass
+
+def get_num_threads():
+    return 1
+
+def manual_seed(seed):
+    pass
+"""
+
 
 def entries() -> list[str]:
     lines = (HERE / "expected_skips.txt").read_text(encoding="utf-8").splitlines()
@@ -56,12 +72,15 @@ def run_suite(
     tests = folder / "tests"
     tests.mkdir(parents=True)
     shutil.copy(HERE / "conftest.py", tests)
+    (folder / "torch.py").write_text(TORCH)
     (tests / "test_a.py").write_text(suite)
     (tests / "expected_skips.txt").write_text("".join(f"{name}  # a reason\n" for name in allowed))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", *options],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "xdist.plugin"]
+        + ["tests", *options],
         cwd=folder,
-        env={k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "RNNFAST_CUDA_"))},
+        env={k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "RNNFAST_CUDA_"))}
+        | {"PYTHONPATH": str(folder), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         timeout=120,
