@@ -70,7 +70,10 @@ def test_product(isa: str, dtype: type, packed: bool) -> None:
     random = np.random.default_rng(0)
     product = DTYPES[dtype][1]
     for rows, units, k in [
-        (r, u, k) for r in range(1, 10) for u in (1, 7, 16, 33, 65) for k in (1, 5, 16, 300)
+        (r, u, k)
+        for r in range(1, 14)
+        for u in (1, 7, 11, 16, 20, 24, 33, 44, 65)
+        for k in (1, 5, 16, 300)
     ]:
         a = random.standard_normal((rows, k)).astype(dtype)
         w = random.standard_normal((units, k)).astype(dtype)

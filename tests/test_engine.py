@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import cases
 import oracle
@@ -68,6 +69,27 @@ def test_the_split_that_was_forced_is_taken() -> None:
                 time.sleep(0.02)
             else:
                 raise AssertionError(f"{split} was never taken")
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+@pytest.mark.parametrize("steps", [1, 2, 513])  # 512: rows of a chunk of backward
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN", "IndRNN", "SLSTM"])
+def test_fewer_rows_than_threads(cell: str, steps: int, threads: int) -> None:
+    """A chunk that leaves some threads without a row of dx, for panels of x of every width."""
+    for inputs in (1, 9, 20, 24, 32, 40, 50, 64):
+        layer = getattr(rnnfast, cell)(inputs, 200)
+        x = torch.randn(steps, 1, inputs, requires_grad=True)
+
+        found: list[tuple[torch.Tensor, ...]] = []
+
+        def run(layer: Any = layer, x: torch.Tensor = x, found: list[Any] = found) -> None:
+            found.append(torch.autograd.grad(layer(x)[0].sum(), [x, *layer.parameters()]))
+
+        run()
+        torch.set_num_threads(threads)
+        assert cases.is_taken("units", run)
+        torch.set_num_threads(1)
+        assert all(torch.equal(a, b) for a, b in zip(found[0], found[-1], strict=True)), inputs
 
 
 def test_every_split_was_taken() -> None:

@@ -81,7 +81,7 @@ double chip(double rate, const CudaDevice& device, const CudaRates& r) {
 // Of a step and a row: gx or its gradient, y or its gradient, planes that are kept.
 double row_bytes(const CudaPass& pass) {
   const CellInfo& cell = cell_info(pass.shape.cell);
-  const double planes = cell.saved > 0 ? cell.saved + cell.states - 1 : 0;
+  const double planes = cell.saved + cell.states - 1;
   const double kept = pass.saving || pass.backward ? planes * kSum : 0;
   return static_cast<double>(pass.shape.hidden_size) *
          (cell.gates * kSum + pass.shape.itemsize + kept);

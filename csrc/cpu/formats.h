@@ -124,7 +124,7 @@ template <>
   for (int64_t k = k_size; k < operand_row<Int8>(k_size); ++k) to[k] = 128;
 }
 
-// --- weights in groups: panels as pack.h lays them out, a lane holding 4 bytes of k ---
+// --- weights in groups: panels as pack.h's but never in slices, a lane holding 4 bytes of k ---
 
 // The groups of `rows` <= lanes units, each k_size elements long, beginning at w.
 template <class Format>

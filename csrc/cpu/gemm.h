@@ -35,12 +35,15 @@ constexpr int slice_vectors(int vectors) {
 // Rows that a product of so many vectors takes best together.
 constexpr int tile_rows(int vectors) { return max_rows(slice_vectors(vectors)); }
 
-// Vector v of element k at w[k*k_stride + v/side*slice_stride + v%side*lanes], `side` being
-// slice_vectors.
+// Where the vectors of a panel are, each k `k_stride` behind the one before; `side`: slice_vectors.
 template <class weight_t>
 struct WeightPanel {
-  const weight_t* w;
+  weight_t* w;
   int64_t k_stride, slice_stride;
+
+  RNNFAST_HD weight_t* vector(int v, int side, int64_t lanes) const {
+    return w + v / side * slice_stride + v % side * lanes;
+  }
 };
 
 // Weights may be of a smaller type than the sums; they are widened as they are loaded.
@@ -49,7 +52,7 @@ struct Operands {
   int64_t k_size;
   const scalar_t* a;  // row r, element k at a[r*a_row + k*a_k]
   int64_t a_row, a_k;
-  WeightPanel<weight_t> panel;
+  WeightPanel<const weight_t> panel;
   const scalar_t* start;  // start values at start[r*start_row + ...]; null: zero
   int64_t start_row;
   scalar_t* out;
@@ -62,11 +65,10 @@ __attribute__((noinline)) void tile(const Operands<scalar_t, weight_t>& o) {
   constexpr int64_t lanes = lanes_of<scalar_t>;
   constexpr int kSide = slice_vectors(kVectors);
   // Few rows keep their elements in registers while the weights pass by, many rows the weights.
-  constexpr bool kHoldRows = kRows > 1 && kRows < 4 && kRows < kVectors;
+  constexpr bool kHoldRows = kHolds && kRows > 1 && kRows < kVectors;
   const scalar_t* a = o.a;
-  const weight_t* w = o.panel.w;
-  const int64_t a_row = o.a_row, a_k = o.a_k, w_k = o.panel.k_stride,
-                w_slice = o.panel.slice_stride;
+  WeightPanel<const weight_t> panel = o.panel;
+  const int64_t a_row = o.a_row, a_k = o.a_k;
   // Partial sums of kBlock products each, started at zero, keep the
   // rounding error near that of a blocked library product; the start
   // value, which may be far larger than a product, comes in once.
@@ -77,7 +79,7 @@ __attribute__((noinline)) void tile(const Operands<scalar_t, weight_t>& o) {
     V acc[kRows][kVectors] = {};
     for (int64_t k = smaller(left, kBlock); k > 0; --k) {
       const auto weights = [&](int v) {
-        const weight_t* from = w + v / kSide * w_slice + v % kSide * lanes;
+        const weight_t* from = panel.vector(v, kSide, lanes);
         if (v % kSide * sizeof(V) % 64 == 0)  // once a cache line
           __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
         return load_wide(from);
@@ -107,7 +109,7 @@ __attribute__((noinline)) void tile(const Operands<scalar_t, weight_t>& o) {
         }
       }
       a += a_k;
-      w += w_k;
+      panel.w += panel.k_stride;
     }
     RNNFAST_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -169,11 +171,12 @@ RNNFAST_HD void for_row_tiles(int64_t rows, int limit, const Use& use) {
   }
 }
 
-// out[r][0 .. vectors*lanes) = start + a[r] . w for any number of rows: few at once, more slice by
-// slice, which the first cache may hold.
+// out[r][0 .. vectors*lanes) = start + a[r] . w for any number of rows, none among them: few rows
+// take the panel at once; of more, all take a slice, which the first cache may hold, then the next.
 template <class scalar_t, class weight_t>
 __attribute__((noinline)) void multiply(int64_t rows, int vectors,
                                         const Operands<scalar_t, weight_t>& all) {
+  if (rows <= 0) return;
   if (rows <= max_rows(vectors)) return tile_of(static_cast<int>(rows), vectors, all);
   const int side = slice_vectors(vectors);
   for (int v = 0; v < vectors; v += side)
@@ -181,7 +184,7 @@ __attribute__((noinline)) void multiply(int64_t rows, int vectors,
       const int64_t column = v * lanes_of<scalar_t>;
       Operands<scalar_t, weight_t> o = all;
       o.a += row * o.a_row;
-      o.panel.w += v / side * o.panel.slice_stride;
+      o.panel.w = o.panel.vector(v, side, lanes_of<scalar_t>);
       if (o.start) o.start += row * o.start_row + column;
       o.out += row * o.out_row + column;
       tile_of(height, side, o);
@@ -264,7 +267,7 @@ __attribute__((noinline)) void dot_tile(int64_t k_size, const scalar_t* a, int64
     RNNFAST_UNROLL
     for (int u = 0; u < kUnits; ++u) {
       V b = load_wide(w + u * w_row + k);
-      if constexpr (kRows > 1) hold(b);
+      if constexpr (kHolds && kRows > 1) hold(b);
       RNNFAST_UNROLL
       for (int r = 0; r < kRows; ++r) acc[r][u] += x[r] * b;
     }

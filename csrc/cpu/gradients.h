@@ -174,15 +174,13 @@ class GradientPass {
 
   // What was dropped of h on its way into the product has no part in the gradient either.
   void drop_panel(int64_t p, StepCursor cursor, int64_t rows) {
-    const WeightPanel<scalar_t> panel = packed_panel(outputs_, p, rows, s_.h_packed);
-    scalar_t* row = s_.h_packed + outputs_.offset(p) * rows;
-    for (int64_t k = 0; k < rows; ++k, row += panel.k_stride) {
+    WeightPanel<scalar_t> panel = packed_panel(outputs_, p, rows, s_.h_packed);
+    for (int64_t k = 0; k < rows; ++k, panel.w += panel.k_stride) {
       const int64_t b = cursor.step_row(k);
-      for (int64_t c = 0; c < outputs_.valid(p); c += panel.k_stride) {
-        scalar_t* slice = row + c / panel.k_stride * panel.slice_stride;
+      scalar_t* slice = panel.w;
+      for (int64_t c = 0; c < outputs_.valid(p); c += panel.k_stride, slice += panel.slice_stride)
         drop_h(args_, b, outputs_.first(p) + c, smaller(panel.k_stride, outputs_.valid(p) - c),
                slice, slice);
-      }
     }
   }
 

@@ -58,8 +58,9 @@ void product(Kernel kernel, int64_t rows, int64_t units, int64_t k_size, const s
     pack_units(panels, p, k_size, w, packed);
     multiply_columns(
         rows, panels.valid(p), false,
-        Operands<scalar_t>{k_size, a, k_size, 1, packed_panel(panels, p, k_size, packed), nullptr,
-                           0, out + panels.first(p), units});
+        Operands<scalar_t>{k_size, a, k_size, 1,
+                           packed_panel<scalar_t, const scalar_t>(panels, p, k_size, packed),
+                           nullptr, 0, out + panels.first(p), units});
   }
   delete[] packed;
 }

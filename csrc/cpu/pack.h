@@ -1,4 +1,5 @@
-// Weights in the order in which the micro-kernel reads them: panels of a few vectors, k by k.
+// Weights in the order in which the micro-kernel reads them: panels of a few vectors, or the slices
+// of one (gemm.h) one behind the other, k by k.
 //
 // Two sources. `pack_units`: PyTorch's (gates*units, K), where a panel holds kVectorsPerGate
 // vectors of units with all their gates, so that the gates of a unit meet in one tile. `pack_rows`:
@@ -47,24 +48,12 @@ struct Panels {
   RNNFAST_HD int64_t padded() const { return gates * divide_up(units, kLanes) * kLanes; }
 };
 
-// Where a panel of so many vectors and its vector v are in packed weights whose k has k_size.
-template <class scalar_t>
-RNNFAST_HD int64_t packed_row(int vectors) {
-  return slice_vectors(vectors) * lanes_of<scalar_t>;
-}
-template <class scalar_t>
-RNNFAST_HD int64_t packed_vector(int vectors, int v, int64_t k_size) {
-  const int side = slice_vectors(vectors);
-  return (v / side * side * k_size + v % side) * lanes_of<scalar_t>;
-}
-
 // Panel p of packed weights, from element k of k_size on.
 template <class acc_t, class weight_t>
 RNNFAST_HD WeightPanel<weight_t> packed_panel(const Panels<acc_t>& panels, int64_t p,
-                                              int64_t k_size, const weight_t* packed,
-                                              int64_t k = 0) {
-  const int64_t row = packed_row<acc_t>(panels.vectors(p));
-  return {packed + panels.offset(p) * k_size + k * row, row, row * k_size};
+                                              int64_t k_size, weight_t* packed, int64_t k = 0) {
+  const int64_t stride = slice_vectors(panels.vectors(p)) * lanes_of<acc_t>;
+  return {packed + panels.offset(p) * k_size + k * stride, stride, stride * k_size};
 }
 
 // The units (or columns) of a range of panels.
@@ -129,14 +118,14 @@ template <class acc_t, class weight_t>
 void pack_units(const Panels<acc_t>& panels, int64_t panel, int64_t k_size, const weight_t* w,
                 weight_t* packed) {
   constexpr int64_t lanes = lanes_of<acc_t>;
-  const int vectors = panels.vectors_per_gate(panel), all = panels.vectors(panel);
-  weight_t* out = packed + panels.offset(panel) * k_size;
+  const int vectors = panels.vectors_per_gate(panel), side = slice_vectors(panels.vectors(panel));
+  const WeightPanel<weight_t> out = packed_panel(panels, panel, k_size, packed);
   for (int g = 0; g < panels.gates; ++g)
     for (int v = 0; v < vectors; ++v) {
       const int64_t unit = panels.first(panel) + v * lanes;
       pack_vector(smaller(lanes, panels.units - unit), k_size,
                   w + (g * panels.units + unit) * k_size, k_size,
-                  out + packed_vector<acc_t>(all, g * vectors + v, k_size), packed_row<acc_t>(all));
+                  out.vector(g * vectors + v, side, lanes), out.k_stride);
     }
 }
 
@@ -162,11 +151,12 @@ void pack_rows(const Panels<scalar_t>& panels, int64_t panel, int64_t k_size, co
   using V = vector_of<scalar_t>;
   const int vectors = panels.vectors(panel);
   const int64_t column = panels.first(panel);
-  scalar_t* out = packed + panels.offset(panel) * k_size;
-  for (int64_t k = 0; k < k_size; ++k, out += packed_row<scalar_t>(vectors)) {
+  const int side = slice_vectors(vectors);
+  WeightPanel<scalar_t> out = packed_panel(panels, panel, k_size, packed);
+  for (int64_t k = 0; k < k_size; ++k, out.w += out.k_stride) {
     const scalar_t* from = row(k);
     for (int v = 0; v < vectors; ++v)
-      store(out + packed_vector<scalar_t>(vectors, v, k_size),
+      store(out.vector(v, side, lanes),
             from ? load_part(from + column + v * lanes, panels.units - column - v * lanes) : V{});
   }
 }

@@ -23,17 +23,11 @@ void panel_product(const Panels<scalar_t>& panels, int64_t p, int64_t rows, bool
   constexpr int64_t lanes = lanes_of<scalar_t>;
   const int64_t valid = panels.valid(p), column = panels.first(p);
   const scalar_t* plain = w.packed ? nullptr : w.plain + k * panels.units + column;
-  const Operands<scalar_t> o{
-      depth,
-      a + k,
-      a_row,
-      1,
-      w.packed ? packed_panel(panels, p, w.k_size, w.packed, k)
-               : WeightPanel<scalar_t>{plain, panels.units, slice_vectors(kMaxVectors) * lanes},
-      nullptr,
-      0,
-      out + column,
-      out_row};
+  const WeightPanel<const scalar_t> panel =
+      w.packed
+          ? packed_panel(panels, p, w.k_size, w.packed, k)
+          : WeightPanel<const scalar_t>{plain, panels.units, slice_vectors(kMaxVectors) * lanes};
+  const Operands<scalar_t> o{depth, a + k, a_row, 1, panel, nullptr, 0, out + column, out_row};
   const int64_t whole = w.packed ? valid : valid / lanes * lanes;
   if (whole > 0) multiply_columns(rows, whole, add, o);
   for (int64_t r = 0; r < rows; ++r)

@@ -123,10 +123,14 @@ constexpr int kVectorRegisters = 32;
 constexpr int kVectorRegisters = 16;
 #endif
 
-// Keeps v in a register: where a value is a factor of several products, the compiler would rather
-// load it anew for each.
+// Whether kernels hold what they use several times in registers: where there are few of them, gcc
+// loads a factor anew for each of its products, and then waits for loads. (Not without FMA, whose
+// products want a register more; not measured with AVX-512.)
+constexpr bool kHolds = RNNFAST_VECTOR_BYTES == 32;
+
+// Keeps v in a register.
 template <class V>
-RNNFAST_HD void hold(V& v) {
+RNNFAST_HD void hold([[maybe_unused]] V& v) {
 #ifdef __x86_64__
   asm("" : "+v"(v));
 #endif

@@ -118,6 +118,33 @@ void check_layer(const Layer& layer, const std::string& what) {
   force_kernel(-1);
 }
 
+// Fewer rows than threads, in all of a pass or in its last chunk: the bits of one thread.
+void check_few_rows(const Layer& layer, int most_threads, const std::string& what) {
+  for (int isa = 0; isa < kNumIsas; ++isa) {
+    if (!isa_available(static_cast<Isa>(isa))) continue;
+    force_isa(isa);
+    const Outputs one = forward(layer, {1, nullptr});
+    const Gradients g = backward(layer, one, {1, nullptr});
+    for (int threads = 2; threads <= most_threads; ++threads) {
+      assume_processors(threads);
+      force_split(static_cast<int>(Split::kUnits));
+      const std::string here = what + " " + isa_name(static_cast<Isa>(isa)) + ", " +
+                               std::to_string(threads) + " threads";
+      const Outputs out = forward(layer, {threads, thread_per_part});
+      check(same_bits(out.y, one.y) && same_bits(out.h_n, one.h_n), here + ": forward");
+      const Gradients many = backward(layer, out, {threads, thread_per_part});
+      check(last_run().choice.split == Split::kUnits, here + ": divided by units");
+      check(same_bits(many.x, g.x) && same_bits(many.h0, g.h0) && same_bits(many.w_ih, g.w_ih) &&
+                same_bits(many.w_hh, g.w_hh) && same_bits(many.b_ih, g.b_ih) &&
+                same_bits(many.w_hr, g.w_hr),
+            here + ": backward");
+      force_split(-1);
+    }
+    assume_processors(0);
+  }
+  force_isa(-1);
+}
+
 // Layers that read one another: side by side as one by one, forward and backward, bit for bit.
 void check_stack(std::vector<Layer> layers, const std::string& what) {
   const int count = static_cast<int>(layers.size());
@@ -250,6 +277,17 @@ int main() {
         if (Layer::may_project(cell))
           check_layer(Layer(cell, 3, 4, 3, 7, 3, uneven, reverse), what + " projected");
       }
+  for (int cell = 0; cell < kNumCells; ++cell) {
+    if (cell_info(cell).stages) continue;  // such are not divided by units
+    const std::string name = cell_info(cell).name;
+    for (const int64_t inputs : {1, 9, 33})
+      check_few_rows(Layer(cell, 1, 1, inputs, 130, 0, false, false), 3,
+                     name + ", 1 row of " + std::to_string(inputs));
+    if (Layer::may_project(cell))
+      check_few_rows(Layer(cell, 1, 1, 9, 130, 9, false, false), 3, name + ", 1 row, projected");
+    // The last chunk of backward holds one row, of all 513 steps.
+    check_few_rows(Layer(cell, 513, 1, 9, 130, 0, false, true), 2, name + ", 512 + 1 rows");
+  }
   // Large enough for two threads: by rows of the batch, and by units.
   check_layer(Layer(0, 4, 26, 40, 50, 0, false, false), "lstm by rows");
   check_layer(Layer(1, 6, 26, 40, 50, 0, true, true), "gru by rows, uneven");
