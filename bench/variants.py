@@ -24,7 +24,7 @@ from rnnfast._layer import spec_of
 from rnnfast.reference import cell_step
 
 from . import stages
-from .extras import median_ms, sizes
+from .extras import compile_anew, median_ms, sizes
 from .limits import Limits
 from .table import render
 
@@ -57,7 +57,7 @@ VARIANTS: dict[str, tuple[Callable[[int], Any], Callable[[int], Any]]] = {
     "BatchNormLSTM": (lambda H: rnnfast.BatchNormLSTM(H, H, max_steps=100), lstm),
 }
 SHAPES = ((100, 32, 256), (100, 32, 512), (50, 8, 64))
-CHECKED = 10  # steps that must agree; normalised recurrences amplify rounding a hundredfold in 100
+CHECKED = 20  # first steps that must agree to 1e-4: more than forward's first chunk has
 
 
 def plain_heads(layer: Any) -> Callable[[Tensor], Tensor]:
@@ -178,6 +178,14 @@ def products(layer: Any, rows: int, mode: Callable[..., Any]) -> float:
     )
 
 
+def check(theirs: Tensor, ours: Tensor, *, normalised: bool) -> None:
+    """Only the first steps if normalised: such a recurrence amplifies rounding a hundredfold in
+    100."""
+    torch.testing.assert_close(theirs[:CHECKED], ours[:CHECKED], rtol=1e-4, atol=1e-4)
+    if not normalised:
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.variants", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds (default: 7)")
@@ -192,15 +200,14 @@ def main() -> None:
     rows = []
     for name, (T, B, H) in tqdm([(name, shape) for name in names for shape in SHAPES]):
         make, make_usual = VARIANTS[name]
+        compile_anew()
         layer, usual, x = make(H), make_usual(H), torch.randn(T, B, H)
         batch_norm = isinstance(layer, rnnfast.BatchNormLSTM)
         theirs = plain_batch_norm(layer) if batch_norm else plain(layer)
         found = []
         for mode in (inference, training):
             layer.train(mode is training)
-            torch.testing.assert_close(
-                theirs(x)[:CHECKED], layer(x)[0][:CHECKED], rtol=1e-4, atol=1e-4
-            )
+            check(theirs(x), layer(x)[0], normalised=batch_norm or "norm" in name)
             calls: dict[str, Callable[[], Any]] = {
                 "ours": partial(mode, layer, layer, x),
                 "theirs": partial(mode, theirs, layer, x),

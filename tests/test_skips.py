@@ -75,12 +75,13 @@ def run_suite(
     (folder / "torch.py").write_text(TORCH)
     (tests / "test_a.py").write_text(suite)
     (tests / "expected_skips.txt").write_text("".join(f"{name}  # a reason\n" for name in allowed))
+    paths = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "xdist.plugin"]
         + ["tests", *options],
         cwd=folder,
         env={k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "RNNFAST_CUDA_"))}
-        | {"PYTHONPATH": str(folder), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        | {"PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         timeout=120,
