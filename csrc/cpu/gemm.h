@@ -20,7 +20,7 @@ constexpr int64_t kBlock = 256;  // products in a partial sum
 constexpr int64_t kAhead = 2048;
 
 // Accumulators, the vectors of weights (or the rows' elements) and one of the other must fit the
-// registers.
+// registers: of 16, 12 are accumulators.
 constexpr int max_rows(int vectors) {
   const int fit = kVectorRegisters == 32 ? (32 - vectors - 1) / vectors : 12 / vectors;
   return fit < kMaxRows ? fit : kMaxRows;
@@ -35,14 +35,15 @@ constexpr int slice_vectors(int vectors) {
 // Rows that a product of so many vectors takes best together.
 constexpr int tile_rows(int vectors) { return max_rows(slice_vectors(vectors)); }
 
-// Where the vectors of a panel are, each k `k_stride` behind the one before; `side`: slice_vectors.
+// Where the vectors of a panel are, each k `k_stride` behind the one before; `slice`:
+// slice_vectors.
 template <class weight_t>
 struct WeightPanel {
   weight_t* w;
   int64_t k_stride, slice_stride;
 
-  RNNFAST_HD weight_t* vector(int v, int side, int64_t lanes) const {
-    return w + v / side * slice_stride + v % side * lanes;
+  RNNFAST_HD weight_t* vector(int v, int slice, int64_t lanes) const {
+    return w + v / slice * slice_stride + v % slice * lanes;
   }
 };
 
@@ -63,9 +64,9 @@ template <class scalar_t, class weight_t, int kRows, int kVectors>
 __attribute__((noinline)) void tile(const Operands<scalar_t, weight_t>& o) {
   using V = vector_of<scalar_t>;
   constexpr int64_t lanes = lanes_of<scalar_t>;
-  constexpr int kSide = slice_vectors(kVectors);
+  constexpr int kSlice = slice_vectors(kVectors);
   // Few rows keep their elements in registers while the weights pass by, many rows the weights.
-  constexpr bool kHoldRows = kHolds && kRows > 1 && kRows < kVectors;
+  constexpr bool kHoldRows = kHolds && kRows > 1 && kRows <= kVectors;
   const scalar_t* a = o.a;
   WeightPanel<const weight_t> panel = o.panel;
   const int64_t a_row = o.a_row, a_k = o.a_k;
@@ -79,8 +80,8 @@ __attribute__((noinline)) void tile(const Operands<scalar_t, weight_t>& o) {
     V acc[kRows][kVectors] = {};
     for (int64_t k = smaller(left, kBlock); k > 0; --k) {
       const auto weights = [&](int v) {
-        const weight_t* from = panel.vector(v, kSide, lanes);
-        if (v % kSide * sizeof(V) % 64 == 0)  // once a cache line
+        const weight_t* from = panel.vector(v, kSlice, lanes);
+        if (v % kSlice * sizeof(V) % 64 == 0)  // a line of a k once
           __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
         return load_wide(from);
       };
@@ -178,16 +179,16 @@ __attribute__((noinline)) void multiply(int64_t rows, int vectors,
                                         const Operands<scalar_t, weight_t>& all) {
   if (rows <= 0) return;
   if (rows <= max_rows(vectors)) return tile_of(static_cast<int>(rows), vectors, all);
-  const int side = slice_vectors(vectors);
-  for (int v = 0; v < vectors; v += side)
-    for_row_tiles(rows, max_rows(side), [&](int64_t row, int height) {
+  const int slice = slice_vectors(vectors);
+  for (int v = 0; v < vectors; v += slice)
+    for_row_tiles(rows, max_rows(slice), [&](int64_t row, int height) {
       const int64_t column = v * lanes_of<scalar_t>;
       Operands<scalar_t, weight_t> o = all;
       o.a += row * o.a_row;
-      o.panel.w = o.panel.vector(v, side, lanes_of<scalar_t>);
+      o.panel.w = o.panel.vector(v, slice, lanes_of<scalar_t>);
       if (o.start) o.start += row * o.start_row + column;
       o.out += row * o.out_row + column;
-      tile_of(height, side, o);
+      tile_of(height, slice, o);
     });
 }
 

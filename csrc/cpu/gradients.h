@@ -172,7 +172,8 @@ class GradientPass {
     }
   }
 
-  // What was dropped of h on its way into the product has no part in the gradient either.
+  // What was dropped of h on its way into the product has no part in the gradient either. A slice
+  // of a packed panel is as wide as its k_stride.
   void drop_panel(int64_t p, StepCursor cursor, int64_t rows) {
     WeightPanel<scalar_t> panel = packed_panel(outputs_, p, rows, s_.h_packed);
     for (int64_t k = 0; k < rows; ++k, panel.w += panel.k_stride) {

@@ -66,11 +66,12 @@ void product(Kernel kernel, int64_t rows, int64_t units, int64_t k_size, const s
 }
 
 int64_t spin_tile(int64_t repeats) {
-  constexpr int kSide = slice_vectors(kMaxVectors), kRows = max_rows(kSide);
-  constexpr int64_t kSize = 64, kWidth = kSide * lanes_of<float>;
+  constexpr int kSlice = slice_vectors(kMaxVectors), kRows = max_rows(kSlice);
+  constexpr int64_t kSize = 64, kWidth = kSlice * lanes_of<float>;
   static float a[kRows * kSize], w[kSize * kWidth], out[kRows * kWidth];
   for (int64_t i = 0; i < repeats; ++i)
-    tile<float, float, kRows, kSide>({kSize, a, kSize, 1, {w, kWidth, 0}, nullptr, 0, out, kWidth});
+    tile<float, float, kRows, kSlice>(
+        {kSize, a, kSize, 1, {w, kWidth, 0}, nullptr, 0, out, kWidth});
   return repeats * 2 * kRows * kSize * kWidth;
 }
 

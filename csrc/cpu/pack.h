@@ -1,7 +1,7 @@
-// Weights in the order in which the micro-kernel reads them: panels of a few vectors, or the slices
-// of one (gemm.h) one behind the other, k by k.
+// Weights in the order in which the micro-kernel reads them: panels of a few vectors, k by k. With
+// 16 registers a panel of four is two slices, the second behind all of the first (gemm.h).
 //
-// Two sources. `pack_units`: PyTorch's (gates*units, K), where a panel holds kVectorsPerGate
+// Two sources. `pack_units`: PyTorch's (gates*units, K), where a panel holds per_gate()
 // vectors of units with all their gates, so that the gates of a unit meet in one tile. `pack_rows`:
 // any (K, columns) matrix given row by row, panels of kMaxVectors vectors of columns. Lanes beyond
 // the last unit or column are zero. The last panel may be narrower.
@@ -118,14 +118,14 @@ template <class acc_t, class weight_t>
 void pack_units(const Panels<acc_t>& panels, int64_t panel, int64_t k_size, const weight_t* w,
                 weight_t* packed) {
   constexpr int64_t lanes = lanes_of<acc_t>;
-  const int vectors = panels.vectors_per_gate(panel), side = slice_vectors(panels.vectors(panel));
+  const int vectors = panels.vectors_per_gate(panel), slice = slice_vectors(panels.vectors(panel));
   const WeightPanel<weight_t> out = packed_panel(panels, panel, k_size, packed);
   for (int g = 0; g < panels.gates; ++g)
     for (int v = 0; v < vectors; ++v) {
       const int64_t unit = panels.first(panel) + v * lanes;
       pack_vector(smaller(lanes, panels.units - unit), k_size,
                   w + (g * panels.units + unit) * k_size, k_size,
-                  out.vector(g * vectors + v, side, lanes), out.k_stride);
+                  out.vector(g * vectors + v, slice, lanes), out.k_stride);
     }
 }
 
@@ -151,12 +151,12 @@ void pack_rows(const Panels<scalar_t>& panels, int64_t panel, int64_t k_size, co
   using V = vector_of<scalar_t>;
   const int vectors = panels.vectors(panel);
   const int64_t column = panels.first(panel);
-  const int side = slice_vectors(vectors);
+  const int slice = slice_vectors(vectors);
   WeightPanel<scalar_t> out = packed_panel(panels, panel, k_size, packed);
   for (int64_t k = 0; k < k_size; ++k, out.w += out.k_stride) {
     const scalar_t* from = row(k);
     for (int v = 0; v < vectors; ++v)
-      store(out.vector(v, side, lanes),
+      store(out.vector(v, slice, lanes),
             from ? load_part(from + column + v * lanes, panels.units - column - v * lanes) : V{});
   }
 }

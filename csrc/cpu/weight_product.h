@@ -48,7 +48,8 @@ void pack_left(int64_t rows, int64_t m, int64_t height, const Left& left, scalar
 }
 
 // out[m] (+)= sum over rows k of left(k)[m] * right[k], for the rows m of the result in `range`.
-// Of each row of the left side a vector more is read than it holds.
+// Rows of the left side are read in whole tiles, and those in whole vectors: behind the end of one,
+// fewer than a vector and kMaxRows elements.
 template <class scalar_t, class Left, int n>
 void weight_product(Range range, int64_t rows, bool first, const Left& left,
                     const Right<scalar_t> (&rights)[n], scalar_t* tiles,

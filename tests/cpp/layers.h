@@ -170,5 +170,14 @@ inline bool same_bits(const Values& a, const Values& b) {
   return a.size() == b.size() &&
          (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
 }
+inline bool same_bits(const Outputs& a, const Outputs& b) {
+  return same_bits(a.y, b.y) && same_bits(a.h_n, b.h_n) && same_bits(a.c_n, b.c_n) &&
+         same_bits(a.saved, b.saved);
+}
+inline bool same_bits(const Gradients& a, const Gradients& b) {
+  return same_bits(a.x, b.x) && same_bits(a.h0, b.h0) && same_bits(a.c0, b.c0) &&
+         same_bits(a.w_ih, b.w_ih) && same_bits(a.w_hh, b.w_hh) && same_bits(a.b_ih, b.b_ih) &&
+         same_bits(a.b_hh, b.b_hh) && same_bits(a.w_hr, b.w_hr);
+}
 
 }  // namespace rnnfast
