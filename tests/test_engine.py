@@ -71,6 +71,7 @@ def test_the_split_that_was_forced_is_taken() -> None:
                 raise AssertionError(f"{split} was never taken")
 
 
+@pytest.mark.alone  # teams that stay on one thread prove nothing here
 # a chunk of backward has 512 rows
 @pytest.mark.parametrize(("steps", "threads"), [(1, 2), (1, 4), (2, 4), (513, 2), (513, 4)])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN", "IndRNN", "SLSTM"])
